@@ -20,7 +20,8 @@ def settings():
 
 def current():
     "`(user, repo)` of CITATION.cff."
-    return re.search(r"^repository-code: .*github\.com/([\w.-]+)/([\w.-]+)\"?$", (root / "CITATION.cff").read_text(), re.M).groups()
+    text = (root / "CITATION.cff").read_text(encoding="utf-8")
+    return re.search(r"^repository-code: .*github\.com/([\w.-]+)/([\w.-]+)\"?$", text, re.M).groups()
 
 
 def rewrite(text, old, new):
@@ -31,7 +32,8 @@ def rewrite(text, old, new):
 
 def main():
     old, new = current(), settings()
-    if "--check" in sys.argv: sys.exit(f"settings.ini says {new}, CITATION.cff {old}: run make coordinates" if old != new else 0)
+    if "--check" in sys.argv:
+        sys.exit(f"settings.ini says {new}, CITATION.cff {old}: run make coordinates" if old != new else 0)
     for name in subprocess.check_output(["git", "ls-files", *FILES], cwd=root, text=True).splitlines():
         before = (root / name).read_text(encoding="utf-8")
         after = rewrite(before, old, new)

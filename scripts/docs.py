@@ -2,6 +2,7 @@
 
 The same steps as `nbdev_docs`, which cannot see labs/ or a top-level _quarto.yml. At the end every internal link of the
 site is followed; a broken one is an error."""
+import ast
 import os
 import posixpath
 import re
@@ -12,11 +13,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import nbdev.processors
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 
 root = Path(__file__).resolve().parent.parent
-REDIRECT = '<!doctype html><meta charset="utf-8"><title>{1}</title><meta http-equiv="refresh" content="0; url={0}"><a href="{0}">{1}</a>\n'
+REDIRECT = """<!doctype html><meta charset="utf-8"><title>{1}</title><meta http-equiv="refresh" content="0; url={0}">
+<a href="{0}">{1}</a>
+"""
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
 
 
@@ -31,11 +35,19 @@ def pages():
     return found
 
 
+def needed(cell, do_eval=nbdev.processors._do_eval):
+    "Execute exported cells and bare imports alone (all that show_doc needs); nbdev would run each cell that has an import."
+    if cell.cell_type == "code" and not {"export", "exports", "exporti"} & set(cell.directives_):
+        if not all(isinstance(o, ast.Import | ast.ImportFrom) for o in cell.parsed_() or [None]): return False
+    return do_eval(cell)
+
+
 def proc(out=Path("_proc")):
     "Run nbdev's processors over nbs/ and labs/ into `out`, with the site's configuration and theme."
     cfg = get_config()
+    nbdev.processors._do_eval = needed
     shutil.rmtree(out, ignore_errors=True)
-    proc_nbs(skip_folder_re=r"^([_.].*|arr_course|scripts|tests|benchmarks|out|[\w.-]+\.egg-info)$", force=True, n_workers=2)
+    proc_nbs(skip_folder_re=r"^([_.].*|arr_course|scripts|tests|benchmarks|out|[\w.-]+\.egg-info)$", force=True, n_workers=0)
     for f in out.iterdir():  # proc_nbs also copies the loose files of the root
         if f.is_file() and f.name != "_quarto.yml": f.unlink()
     # links from `backticks` come out absolute and without the number (https://host/base/nbs/vit.html#ViT)
@@ -101,6 +113,7 @@ def main():
     os.chdir(root)
     proc()
     run("smalldocs", "api", "build", "--dir", "_proc")
+    for p in Path("_proc/api").glob("*exercises*"): p.unlink()  # checkers of exercises: the solutions show them
     run(shutil.which("quarto") or "smalldocs", "render", "_proc")
     shutil.rmtree("_docs", ignore_errors=True)
     shutil.move("_proc/_docs", "_docs")
