@@ -7,7 +7,12 @@ __all__ = ['write_shard', 'read_shard', 'EmbeddingStore', 'top_k', 'drop_self', 
            'find_neighbours', 'nearest', 'unit_rows', 'background', 'mutual_pairs', 'components']
 
 # %% ../nbs/90a_neighbours.ipynb #72cfecf3
-import hashlib, importlib.util, os, time, uuid, warnings
+import hashlib
+import importlib.util
+import os
+import time
+import uuid
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +72,7 @@ class EmbeddingStore:
                 try: keys, vectors = read_shard(p)
                 except FileNotFoundError: continue  # another run has merged it: its vectors stand in a newer shard
                 except ValueError as e: self._drop(p, e); continue
-                self._vectors.update(zip(keys, vectors)); good.add(p)
+                self._vectors.update(zip(keys, vectors, strict=True)); good.add(p)
             tried |= new
         return good
 
@@ -89,7 +94,7 @@ class EmbeddingStore:
         if not len(keys): return
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
         write_shard(self.folder, keys, vectors)
-        self._vectors.update(zip(keys, vectors))
+        self._vectors.update(zip(keys, vectors, strict=True))
 
     def matrix(self, keys: list[str]) -> np.ndarray:
         "The vectors of `keys` as (n, e) float32. `KeyError` names a key that is missing."
