@@ -7,7 +7,7 @@ import pytest
 
 
 def arr(*args, **kw):
-    return subprocess.run([sys.executable, "-m", "arr_course", *map(str, args)], capture_output=True, text=True, **kw)
+    return subprocess.run([sys.executable, "-c", "from arr_course.cli import main; main()", *map(str, args)], capture_output=True, text=True, **kw)
 
 
 def test_doctor_knows_this_machine():
@@ -35,7 +35,7 @@ def test_mistakes_get_one_line(args, says, tmp_path):
 
 
 def test_without_the_app_extra_it_names_it():
-    code = "import sys; sys.modules['typer'] = None; from arr_course.__main__ import main; main()"
+    code = "import sys; sys.modules['typer'] = None; from arr_course.cli import main; main()"
     r = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert r.returncode == 1 and r.stderr.strip() == \
         "arr-course: `typer` is not installed. It comes with an extra: pip install 'arr-course[app]'"

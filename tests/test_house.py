@@ -90,7 +90,7 @@ def test_modules_are_short(path):
 
 
 ORDER = ["core", "images", "positions", "attention", "vit", "vit_convert", "encoder", "hub", "gguf_llama", "zoo",
-         "neighbours", "label_free", "masks", "page", "report", "doctor", "cli", "__main__"]
+         "neighbours", "label_free", "masks", "page", "report", "doctor", "cli"]
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if p.parent.name == "arr_course"], ids=name)
@@ -105,7 +105,7 @@ def test_dependencies_point_one_way(path):
 def test_base_import_needs_no_extra():
     "Importing the chapters' modules works with the base requirements alone; the extras load when they are called."
     extras = ("timm", "open_clip", "transformers", "sklearn", "typer", "rich", "faiss", "datasets", "pandas", "fastcore", "nbdev")
-    mods = [p.stem for p in MODULES if p.parent.name == "arr_course" and p.stem not in ("cli", "__main__")]
+    mods = [p.stem for p in MODULES if p.parent.name == "arr_course" and p.stem != "cli"]
     code = "import sys\n" + "\n".join(f"sys.modules[{m!r}] = None" for m in extras)
     code += "\n" + "\n".join(f"import arr_course.{m}" for m in mods)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
