@@ -99,8 +99,7 @@ def open_image(
     max_pixels: int = MAX_PIXELS,  # Refuse larger images before they are decoded
 ) -> Image.Image:
     "The image as upright 8-bit RGB, its first frame if it moves. Raises `ImageError` for what is not a whole image."
-    Image.init()
-    name, f = _binary(src)
+    Image.init(); name, f = _binary(src)
     with f:
         head = f.read(16); f.seek(0)
         if not head: raise ImageError(name, "the file is empty (0 bytes)")
@@ -237,9 +236,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 def normalise(
-    x: torch.Tensor,     # `(..., 3, h, w)` in 0..1
-    mean, std,           # Three values each
-    undo: bool = False,  # The way back
+    x: torch.Tensor, mean, std,  # `(..., 3, h, w)` in 0..1; three values each
+    undo: bool = False,          # The way back
 ) -> torch.Tensor:
     "`(x - mean) / std` per channel, or its inverse."
     mean, std = (x.new_tensor(o).view(3, 1, 1) for o in (mean, std))
@@ -323,7 +321,7 @@ def open_clip_recipe(cfg) -> dict:
     return dict(size=size, mean=c.get("mean", CLIP_MEAN), std=c.get("std", CLIP_STD), interpolation=kernel, resize=resize,
                 fill=c.get("fill_color", 0) if resize == "pad" else 0)
 
-# %% ../nbs/00_images.ipynb #b9b9e334
+# %% ../nbs/00_images.ipynb #a901fc17
 def _hf_dict(cfg) -> dict:  # from a config dict, an object, a JSON file or a model folder
     if isinstance(cfg, (str, os.PathLike)):
         files = [Path(cfg)] if os.path.isfile(cfg) else [Path(cfg) / o for o in ("preprocessor_config.json", "processor_config.json")]
@@ -344,7 +342,7 @@ def _hf_size(c: dict, kind: str, fixed=lambda s: (s, s) if isinstance(s, int) el
     if h * ew != w * eh: raise ValueError(f"size={size} with crop_size={crop}")
     return (h, w), "crop" if edge else "squash", _pct(h, eh)
 
-# %% ../nbs/00_images.ipynb #c7c764da
+# %% ../nbs/00_images.ipynb #f9d823b7
 def hf_recipe(cfg) -> dict:
     "Arguments of `Preprocess` for a transformers image processor: its config, the object, a JSON file or a model folder."
     c = _hf_dict(cfg)
