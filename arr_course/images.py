@@ -175,7 +175,7 @@ class ImageFolder:
 
     def _skip(self, path, e): self._skipped[path] = getattr(e, "reason", None) or getattr(e, "strerror", None) or str(e)
     @property
-    def skipped(self) -> list[Skipped]: return [Skipped(*o) for o in sorted(self._skipped.items(), key=lambda o: natural_key(o[0]))]
+    def skipped(self) -> list[Skipped]: return sorted(map(Skipped._make, self._skipped.items()), key=lambda o: natural_key(o.path))
     def __len__(self): return len(self.paths)
     def __repr__(self): return f"ImageFolder({_shown(self.path.name)!r}: {len(self)} images, {len(self._skipped)} skipped)"
     def __iter__(self): return ((p, im) for i, p in enumerate(self.paths) if (im := self.read(i)) is not None)
@@ -254,7 +254,7 @@ def _tidy(p) -> dict:  # the checked fields of a `Preprocess`, as tuples
     three = lambda v: (v,) * 3 if isinstance(v, (int, float)) else tuple(v)
     size = (p.size,) * 2 if isinstance(p.size, int) else tuple(int(o) for o in p.size)
     mean, std, fill = three(p.mean), three(p.std), three(p.fill)
-    for k, options in (("resize", dict.fromkeys(("crop", "squash", "pad"))), ("interpolation", FILTERS)): _one_of(getattr(p, k), options, k)
+    _one_of(p.resize, dict.fromkeys(("crop", "squash", "pad")), "resize"); _one_of(p.interpolation, FILTERS, "interpolation")
     if len(size) != 2 or min(size) < 1 or not 0 < p.crop_pct:
         raise ValueError(f"size={size}, crop_pct={p.crop_pct}: need (h, w) of at least 1 x 1 pixel, and crop_pct above 0")
     if not len(mean) == len(std) == 3 or min(std) <= 0: raise ValueError(f"{mean=}, {std=}: need three values each, std above 0")
@@ -265,7 +265,7 @@ def _strip(im, size, most=32):  # the middle of an extremely long strip; the cro
     cw, ch = min(w, math.ceil(most * h)), min(h, math.ceil(most * w))
     return im if (cw, ch) == (w, h) else centre(im, (ch, cw))
 
-# %% ../nbs/00_images.ipynb #f181cebb
+# %% ../nbs/00_images.ipynb #aec41043
 @dataclass(frozen=True)
 class Preprocess:
     "An image as the `(3, h, w)` float tensor that an encoder was trained on, by the rules of timm, open_clip and transformers."
@@ -295,7 +295,7 @@ class Preprocess:
     from_open_clip = classmethod(lambda cls, cfg: cls(**open_clip_recipe(cfg)))
     from_hf = classmethod(lambda cls, cfg: cls(**hf_recipe(cfg)))
 
-# %% ../nbs/00_images.ipynb #9129cebf
+# %% ../nbs/00_images.ipynb #32ade7b9
 def _dict(cfg, *attrs) -> dict:  # of a dict, or of an object that has one of `attrs` or `to_dict`; absent means absent
     for a in attrs: cfg = getattr(cfg, a, cfg)
     if hasattr(cfg, "to_dict"): cfg = cfg.to_dict()
@@ -321,28 +321,28 @@ def open_clip_recipe(cfg) -> dict:
     return dict(size=size, mean=c.get("mean", CLIP_MEAN), std=c.get("std", CLIP_STD), interpolation=kernel, resize=resize,
                 fill=c.get("fill_color", 0) if resize == "pad" else 0)
 
-# %% ../nbs/00_images.ipynb #a901fc17
+# %% ../nbs/00_images.ipynb #f9d823b7
 def _hf_dict(cfg) -> dict:  # from a config dict, an object, a JSON file or a model folder
     if isinstance(cfg, (str, os.PathLike)):
-        files = [Path(cfg)] if os.path.isfile(cfg) else [Path(cfg) / o for o in ("preprocessor_config.json", "processor_config.json")]
-        if not (files := [p for p in files if p.exists()]): raise FileNotFoundError(f"{_shown(cfg)}: no preprocessor_config.json there")
+        files = [Path(cfg)] if os.path.isfile(cfg) else sorted(Path(cfg).glob("pr*ocessor_config.json"))  # pre- or plain
+        if not files: raise FileNotFoundError(f"{_shown(cfg)}: no preprocessor_config.json there")
         cfg = json.loads(files[0].read_text(encoding="utf-8"))
     return (c := _dict(cfg, "image_processor")).get("image_processor", c)
 
-def _pct(crop: int, edge: int) -> float:  # a `crop_pct` with floor(crop / crop_pct) == edge, exactly
-    return crop / edge if math.floor(crop / (crop / edge)) == edge else crop / (edge + 0.5)
+_pct = lambda crop, edge: crop / edge if math.floor(crop / (crop / edge)) == edge else crop / (edge + 0.5)  # floor gives `edge`
 
 def _hf_size(c: dict, kind: str, fixed=lambda s: (s, s) if isinstance(s, int) else (s["height"], s["width"])):
     size, crop = c["size"], c.get("crop_size", 224) if c.get("do_center_crop", kind.startswith(("CLIP", "Bit"))) else None
-    edge = size if isinstance(size, int) and crop and not kind.startswith("DeiT") else isinstance(size, dict) and size.get("shortest_edge")
+    edge = size.get("shortest_edge") if isinstance(size, dict) else size if crop and not kind.startswith("DeiT") else None
     if kind.startswith("ConvNext"):  # below 384 its `size` is the crop's, above it squashes
+        edge = edge or size
         return (edge, "crop", _pct(edge, int(edge / c.get("crop_pct", 0.875)))) if edge < 384 else (edge, "squash", 1.0)
     if not crop: return fixed(size), "squash", 1.0
     (h, w), (eh, ew) = fixed(crop), fixed(edge or size)
     if h * ew != w * eh: raise ValueError(f"size={size} with crop_size={crop}")
     return (h, w), "crop" if edge else "squash", _pct(h, eh)
 
-# %% ../nbs/00_images.ipynb #f9d823b7
+# %% ../nbs/00_images.ipynb #60ca5f0f
 def hf_recipe(cfg) -> dict:
     "Arguments of `Preprocess` for a transformers image processor: its config, the object, a JSON file or a model folder."
     c = _hf_dict(cfg)

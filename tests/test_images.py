@@ -1,5 +1,6 @@
 """Reading images and folders: damaged, hostile and odd input. Every file is built at run time."""
 import io
+import json
 import os
 import pickle
 import struct
@@ -12,7 +13,16 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from arr_course.images import ImageError, ImageFolder, Preprocess, is_candidate, montage, natural_key, open_image, to_8bit
+from arr_course.images import (
+    ImageError,
+    ImageFolder,
+    Preprocess,
+    is_candidate,
+    montage,
+    natural_key,
+    open_image,
+    to_8bit,
+)
 
 H, W = 20, 30
 _y, _x = np.mgrid[:H, :W]
@@ -45,12 +55,14 @@ def near(a, b, most=3): return np.abs(np.asarray(a).astype(int) - np.asarray(b).
 # ---- what must read
 
 FRAMES = dict(save_all=True, append_images=[ImageOps.mirror(PICTURE), ImageOps.flip(PICTURE)], duration=50)
-EXACT = dict(png=saved(), bmp=saved(fmt="BMP"), tiff=saved(fmt="TIFF"), lzw=saved(fmt="TIFF", compression="tiff_lzw"), ppm=saved(fmt="PPM"),
-             qoi=saved(fmt="QOI"), ico=saved(PICTURE.resize((16, 16)), "ICO", sizes=[(16, 16)]), webp=saved(fmt="WEBP", lossless=True),
+EXACT = dict(png=saved(), bmp=saved(fmt="BMP"), ppm=saved(fmt="PPM"), qoi=saved(fmt="QOI"),
+             tiff=saved(fmt="TIFF"), lzw=saved(fmt="TIFF", compression="tiff_lzw"), webp=saved(fmt="WEBP", lossless=True),
+             ico=saved(PICTURE.resize((16, 16)), "ICO", sizes=[(16, 16)]),
              jp2=saved(fmt="JPEG2000"), apng=saved(**FRAMES), webp_animated=saved(fmt="WEBP", lossless=True, **FRAMES),
              tiff_pages=saved(fmt="TIFF", **FRAMES))
-LOSSY = dict(jpeg=saved(fmt="JPEG", quality=95), progressive=saved(fmt="JPEG", quality=95, progressive=True), gif=saved(fmt="GIF"),
-             cmyk=saved(PICTURE.convert("CMYK"), "JPEG", quality=95), gif_animated=saved(fmt="GIF", **FRAMES))
+LOSSY = dict(jpeg=saved(fmt="JPEG", quality=95), progressive=saved(fmt="JPEG", quality=95, progressive=True),
+             gif=saved(fmt="GIF"), gif_animated=saved(fmt="GIF", **FRAMES),
+             cmyk=saved(PICTURE.convert("CMYK"), "JPEG", quality=95))
 
 
 @pytest.mark.parametrize("kind", EXACT)
@@ -99,8 +111,9 @@ def test_16_bit_big_endian_colour_and_pgm():
 
 
 @pytest.mark.parametrize("values, expected", [
-    ([0., .5, 1.], [0, 128, 255]), ([0., 7., 255.], [0, 7, 255]), ([-1., 0., 1.], [0, 128, 255]), ([0., 500., 1000.], [0, 128, 255]),
-    ([np.nan, 0., 1.], [0, 0, 255]), ([0., 1., np.inf], [0, 255, 255]), ([np.nan] * 3, [0, 0, 0]), ([3000.] * 3, [0, 0, 0])])
+    ([0., .5, 1.], [0, 128, 255]), ([0., 7., 255.], [0, 7, 255]), ([-1., 0., 1.], [0, 128, 255]),
+    ([0., 500., 1000.], [0, 128, 255]), ([np.nan, 0., 1.], [0, 0, 255]),
+    ([0., 1., np.inf], [0, 255, 255]), ([np.nan] * 3, [0, 0, 0]), ([3000.] * 3, [0, 0, 0])])
 def test_float_tiff(values, expected):
     assert pixels(saved(Image.fromarray(np.array([values], dtype=np.float32)), "TIFF"))[0, :, 0].tolist() == expected
 
@@ -135,18 +148,20 @@ def test_palette_with_transparency_and_one_bit():
 
 # ---- orientation
 
-TURN = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0, 1),
-        6: lambda a: np.rot90(a, 1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1), 8: lambda a: np.rot90(a, -1)}  # what a camera stores
+TURN = {1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],  # what a camera stores
+        5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, 1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+        8: lambda a: np.rot90(a, -1)}
+SAVE = dict(PNG={}, TIFF={}, WEBP=dict(lossless=True), JPEG=dict(quality=95))
 
 
-@pytest.mark.parametrize("fmt", ["PNG", "TIFF", "WEBP", "JPEG"])
+@pytest.mark.parametrize("fmt", SAVE)
 @pytest.mark.parametrize("o", range(1, 9))
 def test_all_eight_orientations(o, fmt):
     "Whatever way the camera was held, the picture comes back upright: once, not twice."
     exif = Image.Exif()
     exif[0x0112] = o
     stored = Image.fromarray(np.ascontiguousarray(TURN[o](SCENE)))
-    out = open_image(saved(stored, fmt, exif=exif, **(dict(lossless=True) if fmt == "WEBP" else dict(quality=95) if fmt == "JPEG" else {})))
+    out = open_image(saved(stored, fmt, exif=exif, **SAVE[fmt]))
     assert out.size == (W, H)
     assert near(out, SCENE, 4 if fmt == "JPEG" else 0)
     assert np.array_equal(np.asarray(ImageOps.exif_transpose(out)), np.asarray(out)), "nobody can turn it again"
@@ -159,7 +174,8 @@ def test_orientations_that_do_not_exist_are_upright(o):
     assert np.array_equal(pixels(saved(exif=exif)), SCENE)
 
 
-@pytest.mark.parametrize("junk", [b"", b"Exif\0\0", b"Exif\0\0II*\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\xee" * 30, b"not exif at all"])
+@pytest.mark.parametrize("junk", [b"", b"Exif\0\0", b"Exif\0\0II*\0", b"not exif at all",
+                                  b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\xee" * 30])
 def test_a_damaged_exif_block_does_not_cost_the_image(junk):
     assert near(pixels(saved(fmt="JPEG", quality=95, exif=junk)), SCENE, 4)
 
@@ -247,7 +263,8 @@ def test_image_error_survives_pickling():
 @pytest.fixture
 def album(tmp_path):
     "Good and bad files, nested, in several scripts."
-    for name in ("img10.png", "img2.png", "IMG1.PNG", "sub/été 1.png", "sub/写真.webp", "sub/deep/😀.gif", "wrong-suffix.jpg", "no_suffix"):
+    for name in ("img10.png", "img2.png", "IMG1.PNG", "sub/été 1.png", "sub/写真.webp", "sub/deep/😀.gif", "wrong-suffix.jpg",
+                 "no_suffix"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(EXACT["png"])
     (tmp_path / "bad.jpg").write_text("text")
@@ -262,8 +279,8 @@ def album(tmp_path):
 def test_folder_lists_sorts_reads_and_reports(album):
     folder = ImageFolder(album)
     names = [p.relative_to(album).as_posix() for p in folder.paths]
-    assert names == ["bad.jpg", "cut.jpg", "empty.png", "IMG1.PNG", "img2.png", "img10.png", "no_suffix", "sub/deep/😀.gif", "sub/été 1.png",
-                     "sub/写真.webp", "wrong-suffix.jpg"]
+    assert names == ["bad.jpg", "cut.jpg", "empty.png", "IMG1.PNG", "img2.png", "img10.png", "no_suffix", "sub/deep/😀.gif",
+                     "sub/été 1.png", "sub/写真.webp", "wrong-suffix.jpg"]
     assert len(folder) == 11 and folder.skipped == []
     read = list(folder)
     assert len(read) == 8 and all(np.array_equal(np.asarray(im), SCENE) for _, im in read)
@@ -337,7 +354,7 @@ def test_an_unreadable_folder_and_file_are_reported(album, monkeypatch):
         if Path(path).name == "sub": raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
     def no_open(path, *a, **kw):
-        if isinstance(path, os.PathLike) and Path(path).name == "img2.png": raise PermissionError(13, "Permission denied", str(path))
+        if isinstance(path, os.PathLike) and Path(path).name == "img2.png": raise PermissionError(13, "Permission denied")
         return real_open(path, *a, **kw)
     monkeypatch.setattr(os, "scandir", no_scan)
     monkeypatch.setattr("builtins.open", no_open)
@@ -357,7 +374,7 @@ def test_real_permissions(album):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names of any bytes exist on Linux alone")
 def test_names_that_are_not_utf8(tmp_path):
-    with open(os.fsencode(tmp_path) + b"/caf\xe9.png", "wb") as f: f.write(EXACT["png"])
+    with open(os.fsencode(tmp_path) + b"/b\xe9b\xe9.png", "wb") as f: f.write(EXACT["png"])
     with open(os.fsencode(tmp_path) + b"/bad\xe9.png", "wb") as f: f.write(b"text")
     folder = ImageFolder(tmp_path)
     assert len(list(folder)) == 1
@@ -369,8 +386,9 @@ def test_natural_order_and_candidates(tmp_path):
     names = ["b/1.png", "10.png", "9.png", "a", "A2", "a10", "²", "1e3", "e\u0301", "é"]
     assert sorted(names, key=natural_key) == sorted(reversed(names), key=natural_key), "a total order"
     assert sorted(["x10y2", "x10y10", "x9y1"], key=natural_key) == ["x9y1", "x10y2", "x10y10"]
-    assert sorted(names, key=natural_key).index("a") < sorted(names, key=natural_key).index("A2") < sorted(names, key=natural_key).index("a10")
-    assert is_candidate(Path("x.JPeG")) and is_candidate(Path("x.heic")) and not is_candidate(Path("x.txt")) and not is_candidate(Path("x"))
+    order = sorted(names, key=natural_key).index
+    assert order("a") < order("A2") < order("a10")
+    assert [is_candidate(Path(o)) for o in ("x.JPeG", "x.heic", "x.txt", "x")] == [True, True, False, False]
 
 
 def test_a_limit_on_pixels_holds_for_a_folder(album):
@@ -398,10 +416,10 @@ def test_upscaled_crop_pct_above_one_gets_a_border():
     assert im.getpixel((0, 0)) == (9, 9, 9) and im.getpixel((16, 16)) != (9, 9, 9)
 
 
-@pytest.mark.parametrize("bad", [dict(size=0), dict(size=(1, 2, 3)), dict(size=8, resize="stretch"), dict(size=8, interpolation="best"),
-                                 dict(size=8, crop_pct=0), dict(size=8, std=0.0), dict(size=8, mean=(0.5, 0.5)), dict(size=8, crop_pct=float("nan"))])
+@pytest.mark.parametrize("bad", [dict(size=0), dict(size=(1, 2, 3)), dict(resize="stretch"), dict(interpolation="best"),
+                                 dict(crop_pct=0), dict(std=0.0), dict(mean=(0.5, 0.5)), dict(crop_pct=float("nan"))])
 def test_bad_recipes_are_refused(bad):
-    with pytest.raises(ValueError): Preprocess(**bad)
+    with pytest.raises(ValueError): Preprocess(**dict(size=8) | bad)
 
 
 def test_equal_recipes_are_equal_and_hashable():
@@ -410,19 +428,33 @@ def test_equal_recipes_are_equal_and_hashable():
 
 
 @pytest.mark.parametrize("bad", [
-    {}, dict(size={"longest_edge": 8}), dict(size=8, rescale_factor=1.0), dict(size=8, do_resize=False), dict(size=8, do_pad=True),
-    dict(size={"shortest_edge": 8}), dict(size={"shortest_edge": 8}, do_center_crop=True, crop_size={"height": 8, "width": 4}), dict(size="big")])
+    {}, dict(size={"longest_edge": 8}), dict(size=8, rescale_factor=1.0), dict(size=8, do_resize=False),
+    dict(size=8, do_pad=True), dict(size={"shortest_edge": 8}), dict(size="big"),
+    dict(size={"shortest_edge": 8}, do_center_crop=True, crop_size={"height": 8, "width": 4})])
 def test_configs_that_we_cannot_honour_are_refused(bad):
     with pytest.raises(ValueError): Preprocess.from_hf(dict(image_mean=[.5] * 3, image_std=[.5] * 3) | bad)
 
 
 def test_hf_config_from_a_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="preprocessor_config"): Preprocess.from_hf(tmp_path)
-    text = '{"size": 8, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "resample": 2}'
-    (tmp_path / "processor_config.json").write_text('{"image_processor": %s}' % text)
+    cfg = dict(size=8, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=2)
+    (tmp_path / "processor_config.json").write_text(json.dumps(dict(image_processor=cfg)))
     assert Preprocess.from_hf(tmp_path) == Preprocess(8, 0.5, 0.5, "bilinear", "squash", floor=True)
-    (tmp_path / "preprocessor_config.json").write_text(text)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(cfg))
     assert Preprocess.from_hf(tmp_path) == Preprocess.from_hf(tmp_path / "preprocessor_config.json")
+
+
+def test_older_spellings_of_hf_configs():
+    "Integers for `size` mean the shortest side for CLIP, both sides for ViT and DeiT, the crop for ConvNeXT."
+    norm, crop = dict(image_mean=[.5] * 3, image_std=[.5] * 3), dict(crop_size=224, do_center_crop=True)
+    clip = Preprocess.from_hf(dict(feature_extractor_type="CLIPFeatureExtractor", size=256, **crop, **norm))
+    assert (clip.size, clip.resize, clip.crop_pct, clip.interpolation) == ((224, 224), "crop", 0.875, "bicubic")
+    vit = Preprocess.from_hf(dict(feature_extractor_type="ViTFeatureExtractor", size=224, **norm))
+    assert (vit.size, vit.resize, vit.interpolation) == ((224, 224), "squash", "bilinear")
+    deit = Preprocess.from_hf(dict(feature_extractor_type="DeiTFeatureExtractor", size=256, **crop, **norm))
+    assert (deit.size, deit.resize, deit.crop_pct) == ((224, 224), "squash", 0.875)
+    convnext = Preprocess.from_hf(dict(feature_extractor_type="ConvNextFeatureExtractor", size=224, crop_pct=0.875, **norm))
+    assert (convnext.size, convnext.resize, convnext.crop_pct) == ((224, 224), "crop", 0.875)
 
 
 def test_montage_of_nothing_and_of_anything():
