@@ -4,11 +4,12 @@ import re
 from configparser import ConfigParser
 from pathlib import Path
 
-os.environ.setdefault("IN_TEST", "1")  # nbdev_export() in a notebook returns at once: workers must not rewrite arr_course/
+os.environ.setdefault("IN_TEST", "1")  # nbdev_export() in a notebook returns at once: workers must not rewrite modules
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("ARR_PROFILE", "ci")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm misses ipywidgets, which nothing here needs
 os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
 for o in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"): os.environ.setdefault(o, "1")
 

@@ -14,7 +14,8 @@ from nbclient.exceptions import CellExecutionError
 
 root = Path(__file__).resolve().parent.parent
 ENV = dict(IN_TEST="1", TQDM_DISABLE="1", ARR_PROFILE="ci", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false",
-           PYDEVD_DISABLE_FILE_VALIDATION="1", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
+           PYDEVD_DISABLE_FILE_VALIDATION="1", PYTHONWARNINGS="ignore:IProgress not found",  # tqdm misses ipywidgets
+           OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 _cfg = ConfigParser(delimiters=["="])
 _cfg.read(root / "settings.ini", encoding="utf-8")

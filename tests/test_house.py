@@ -89,8 +89,8 @@ def test_modules_are_short(path):
     assert len(lines) <= 300, f"{len(lines)} lines"
 
 
-ORDER = ["core", "images", "positions", "attention", "vit", "vit_convert", "encoder", "hub", "gguf_llama", "zoo",
-         "neighbours", "label_free", "masks", "page", "report", "doctor", "cli"]
+ORDER = ["core", "photos", "images", "positions", "attention", "vit", "vit_convert", "encoder", "hub", "gguf_llama", "zoo",
+         "neighbours", "zero_shot", "embed", "label_free", "masks", "page", "report", "doctor", "cli"]
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if p.parent.name == "arr_course"], ids=name)
