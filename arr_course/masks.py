@@ -58,8 +58,9 @@ def to_pixels(
     size: tuple[int, int],    # (h, w) of the image
 ) -> np.ndarray:
     "Group numbers of patches -> of pixels `(h, w)`, along smooth borders: interpolate each group's map, take the highest."
-    maps = F.one_hot(torch.from_numpy(np.ascontiguousarray(labels)).long()).permute(2, 0, 1)[None].float()    # (1, k, gh, gw)
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)[0].argmax(0).numpy()          # (h, w)
+    one_hot = F.one_hot(torch.from_numpy(np.ascontiguousarray(labels)).long())                            # (gh, gw, k)
+    maps = one_hot.permute(2, 0, 1)[None].float()                                                         # (1, k, gh, gw)
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)[0].argmax(0).numpy()      # (h, w)
 
 # %% ../nbs/91_masks.ipynb #d40a2139
 class Mask(NamedTuple):
@@ -88,7 +89,7 @@ def affinity(
     tau: float = 0.2,       # Cosine from which two patches agree (TokenCut's value)
     eps: float = 1e-5,      # Strength of all other edges
 ) -> np.ndarray:
-    "The graph of patches as a matrix `(n, n)`: 1 where the cosine is at least `tau`, else `eps` (TokenCut, arXiv:2202.11539)."
+    "The graph of patches, `(n, n)`: 1 where the cosine is at least `tau`, else `eps` (TokenCut, arXiv:2202.11539)."
     z = unit(np.asarray(x, np.float64))
     return np.where(z @ z.T >= tau, 1.0, eps)
 
@@ -156,7 +157,7 @@ def auto_masks(
     seed: int = 0,           # Of k-means
     **kw,                    # `least` or `scale` of `grid_features`
 ) -> list[Mask]:
-    "Masks of the image's regions by clustering patch vectors, the largest first; the score is the mean silhouette in [-1, 1]."
+    "Masks of the image's regions by clustering patch vectors, the largest first; score: its group's mean silhouette."
     x, grid = grid_features(image, encoder, **kw)
     labels = cluster(x, k or choose_k(x, seed=seed)[0], seed)
     s = need("sklearn.metrics", "models").silhouette_samples(unit(x), labels) if labels.max() else np.ones(len(x))
@@ -179,23 +180,22 @@ def foreground(
     gap = z[f].mean(0) @ z[f].mean(0) - z[f].mean(0) @ z[~f].mean(0) if 0 < f.sum() < len(f) else 0.0
     return Mask(to_pixels(front.astype(int), image.size[::-1]) == 1, float(gap))
 
-# %% ../nbs/91_masks.ipynb #e80cdf83
+# %% ../nbs/91_masks.ipynb #e84c3090
 def iou(a: np.ndarray, b: np.ndarray) -> float:
     "Intersection over union of two boolean masks of one shape; 1 if both are empty."
     if a.shape != b.shape: raise ValueError(f"masks of different shapes: {a.shape} and {b.shape}")
     union = (a | b).sum()
     return float((a & b).sum() / union) if union else 1.0
 
-# %% ../nbs/91_masks.ipynb #e07d9cf8
+# %% ../nbs/91_masks.ipynb #c8e6e583
 def load_sam(model: str = "facebook/sam-vit-base", device=-1):
-    "transformers' mask-generation pipeline for a hub name or a local folder; `ModelNotFound` says what to do where there is none."
-    tf, errors = need("transformers", "models"), need("huggingface_hub.errors", "models")
-    try: return tf.pipeline("mask-generation", model=str(model), device=device, model_kwargs=dict(use_safetensors=True))
-    except (OSError, errors.HFValidationError) as e:
-        reason = str(e).strip().splitlines()[0]
-        raise ModelNotFound(f"{model}: no Segment Anything model here ({reason}). Either run once with a network and without HF_HUB_OFFLINE, "
-                            "so that it is cached, or give a local folder with config.json, model.safetensors and processor_config.json; "
-                            "without either, `auto_masks` and `foreground` need no such weights.") from e
+    "transformers' mask-generation pipeline for a hub name or a local folder; `ModelNotFound` says what to do without."
+    try: return need("transformers", "models").pipeline("mask-generation", model=str(model), device=device, model_kwargs=dict(use_safetensors=True))
+    except (OSError, ValueError) as e:     # no such name or folder; a folder without SAM weights
+        raise ModelNotFound(
+            f"{model}: no Segment Anything model here ({str(e).strip().splitlines()[0]}). Either run once with a network and "
+            "without HF_HUB_OFFLINE, so that it is cached, or give a local folder with config.json, model.safetensors and "
+            "processor_config.json; `auto_masks` and `foreground` need no such weights.") from e
 
 def sam_masks(
     image: Image.Image,                      # The photograph

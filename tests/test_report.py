@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from arr_course.page import COLOURS, screenshot
-from arr_course.report import as_dict, save_csv, save_html, save_json, table, visual_groups
+from arr_course.report import as_dict, both_groupings, save_csv, save_html, save_json, table
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 EVIL = "<script>document.title='owned'<", 'a" onerror="alert(1)', "'><img src=x onerror=alert(1)>", "$title ${x}", "grün 中.jpg"
@@ -17,7 +17,8 @@ EVIL = "<script>document.title='owned'<", 'a" onerror="alert(1)', "'><img src=x 
 def make(names, label="a cat", **more):
     "A result over these names: each one's neighbours are the next three."
     near = lambda i: [dict(path=names[(i + j) % len(names)], similarity=0.9 - j / 10) for j in (1, 2, 3) if len(names) > j]
-    images = [dict(path=n, label=label, confidence=0.5, unsure=i % 2 == 0, neighbours=near(i)) for i, n in enumerate(names)]
+    image = lambda i, n: dict(path=n, label=label, confidence=0.5, unsure=i % 2 == 0, group=1 + i // 2, neighbours=near(i))
+    images = [image(i, n) for i, n in enumerate(names)]
     return dict(images=images, skipped=[], backbones=dict(visual="v", labels="l"), disagreements=[]) | more
 
 
@@ -124,10 +125,13 @@ def test_nothing_outside_the_file(tmp_path):
     assert str(tmp_path) not in page
 
 
-def test_groups_follow_chains_and_ignore_strangers():
-    link = lambda p, q, s=.9: dict(path=p, neighbours=[dict(path=q, similarity=s)])
-    images = [link("a", "b"), link("b", "c"), link("c", "b"), link("d", "not here"), link("e", "a", .01)]
-    assert visual_groups(images) == [[0, 1, 2], [3], [4]]
+def test_groups_hold_each_image_once():
+    names = [f"{i}.jpg" for i in range(500)]
+    images = make(names)["images"]
+    images[0]["group"] = images[1]["label"] = None
+    sight, said = both_groupings(images, most=1000)
+    for groups in (sight, said): assert sorted(p for _, ps in groups for p in ps) == sorted(names)
+    assert sight[-1] == ("on their own", ["0.jpg"]) and said[-1][0] == "unsure" and "1.jpg" in said[-1][1]
 
 
 def test_controls_in_the_browser(tab, tmp_path):
