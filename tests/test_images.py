@@ -120,6 +120,7 @@ def test_float_tiff(values, expected):
 
 def test_32_bit_integers():
     assert to_8bit(np.array([0, 257, 65535], dtype=np.int32)).tolist() == [0, 1, 255]
+    assert to_8bit(np.array([2570, 25700], dtype=np.uint16)).tolist() == [10, 100], "16 bits are scaled, not stretched"
     assert to_8bit(np.array([-100, 0, 100], dtype=np.int32)).tolist() == [0, 128, 255]
     assert to_8bit(np.array([0, 2**30], dtype=np.int32)).tolist() == [0, 255]
     assert pixels(saved(Image.fromarray(np.array([[0, 65535]], dtype=np.int32)), "TIFF"))[0, :, 0].tolist() == [0, 255]
@@ -174,7 +175,7 @@ def test_orientations_that_do_not_exist_are_upright(o):
     assert np.array_equal(pixels(saved(exif=exif)), SCENE)
 
 
-@pytest.mark.parametrize("junk", [b"", b"Exif\0\0", b"Exif\0\0II*\0", b"not exif at all",
+@pytest.mark.parametrize("junk", [b"", b"Exif\0\0", b"Exif\0\0II*\0", b"not exif at all", b"Exif\0\0" + b"X" * 20,
                                   b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\xee" * 30])
 def test_a_damaged_exif_block_does_not_cost_the_image(junk):
     assert near(pixels(saved(fmt="JPEG", quality=95, exif=junk)), SCENE, 4)
@@ -405,9 +406,21 @@ def test_any_shape_gives_one_finite_shape(resize, size):
     assert x.shape == (3, 32, 48) and torch.isfinite(x).all()
 
 
+def test_a_long_strip_does_not_explode(monkeypatch):
+    "The shortest side of 1 pixel becomes 224; the longest must not become 14 million."
+    sizes, resize = [], Image.Image.resize
+    def spy(self, size, *a, **kw):
+        sizes.append(size)
+        assert size[0] * size[1] < 5e6, f"resizes to {size}"
+        return resize(self, size, *a, **kw)
+    monkeypatch.setattr(Image.Image, "resize", spy)
+    for size in ((65_000, 1), (1, 65_000)): assert Preprocess(224)(Image.new("RGB", size)).shape == (3, 224, 224)
+    assert len(sizes) == 2
+
+
 def test_any_mode_goes_in():
     pre = Preprocess(16)
-    for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F", "I;16"):
+    for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F", "I;16", "La", "RGBa", "PA"):
         assert pre(Image.new(mode, (20, 30))).shape == (3, 16, 16), mode
 
 
