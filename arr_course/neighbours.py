@@ -61,8 +61,7 @@ class EmbeddingStore:
         self._vectors, self.damaged = {}, []
         shards = self._load()
         if len(shards) > merge_above: self._merge(shards)
-        for p in self.folder.glob(".*.part"):  # half-written files of a run that was killed long ago
-            if time.time() - p.stat().st_mtime > 3600: p.unlink(missing_ok=True)
+        self._sweep()
 
     def _load(self) -> set[Path]:
         "Read every shard, drop the damaged ones with a warning; look again while another run is merging."
@@ -75,6 +74,14 @@ class EmbeddingStore:
                 self._vectors.update(zip(keys, vectors, strict=True)); good.add(p)
             tried |= new
         return good
+
+    def _sweep(self):
+        "Remove half-written files of runs that were killed more than an hour ago."
+        with os.scandir(self.folder) as entries:
+            for o in entries:
+                try:
+                    if o.name.endswith(".part") and time.time() - o.stat().st_mtime > 3600: os.unlink(o.path)
+                except FileNotFoundError: continue  # a live run has just renamed it
 
     def _drop(self, path, why):
         warnings.warn(f"dropped a damaged shard of the embedding cache, its images are embedded again: {why}", stacklevel=5)

@@ -189,13 +189,15 @@ def test_kill_loses_nothing_that_was_stored(packaged, photos, tmp_path):
 
 
 def test_two_runs_at_once(photos, tmp_path):
-    code = "import sys; from arr_course.label_free import run; print(run(*sys.argv[1:3], 'packaged', cache=sys.argv[3], batch_size=2, progress=False).embedded)"
-    both = [subprocess.Popen([sys.executable, "-c", code, str(photos), "a cat", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in "ab"]
+    "Two real processes on one folder and one cache: both finish, and a third finds everything done."
+    code = ("import sys; from arr_course.label_free import run; print(run(*sys.argv[1:3], 'packaged', cache=sys.argv[3], batch_size=2, "
+            "progress=False).embedded)")
+    start = lambda: subprocess.Popen([sys.executable, "-c", code, str(photos), "a cat", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    both = [start(), start()]
     done = [p.communicate(timeout=200)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0] and sum(map(int, done)) >= 21
     assert not list(tmp_path.glob("*/.*.part"))
-    again = subprocess.run([sys.executable, "-c", code, str(photos), "a cat", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert (again.stdout.strip(), again.stderr) == ("0", "")
+    assert run(photos, "a cat", "packaged", cache=tmp_path, **quiet).embedded == 0
 
 
 def test_stores_merge_while_others_write(tmp_path):
@@ -230,7 +232,7 @@ def test_bad_files_never_stop_a_run(packaged, tmp_path):
     json.dumps(r.to_dict(), allow_nan=False)
 
 
-@pytest.mark.parametrize("n", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("n", [0, 1, 2, 5])
 def test_small_folders(packaged, tmp_path, n):
     r = run(coloured(tmp_path / "a", n), "a cat, a dog", packaged, k=3, cache=tmp_path / "c", **quiet)
     assert [len(i["neighbours"]) for i in r.images] == [min(3, n - 1)] * n
