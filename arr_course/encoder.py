@@ -201,7 +201,7 @@ class ViTEncoder(Encoder):
     "The course's own `ViT`."
     def _features(self, x, layers, saliency): return self.model.features(x, layers, saliency)
 
-# %% ../nbs/04b_encoder.ipynb #b14549e1
+# %% ../nbs/04b_encoder.ipynb #6f9806e1
 class TextEncoder:
     "A sentence encoder: mean of the token states where the mask is 1, L2-normalised (arXiv:1908.10084)."
     kind = "text"

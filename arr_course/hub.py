@@ -7,7 +7,7 @@ __all__ = ['HF_TYPES', 'OpenClipEncoder', 'HFEncoder', 'naflex', 'ModelNotFound'
            'load_timm', 'load_open_clip', 'load_hf']
 
 # %% ../nbs/04c_hub.ipynb #8c9bc1da
-import difflib, inspect, json, logging, urllib.error, urllib.request
+import difflib, inspect, json, logging, pickle, urllib.error, urllib.request
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -141,7 +141,7 @@ def hub(name: str, local: bool = False):
     hf.HF_HUB_OFFLINE = not online
     logging.disable(logging.ERROR)               # open_clip logs a traceback for what becomes one line here
     try: yield
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as e:
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError, pickle.UnpicklingError) as e:
         if isinstance(e, (OSError, ValueError)) and not isinstance(e, json.JSONDecodeError) or "download" in str(e):
             if online or local: raise ModelNotFound(f"{name}: {_reason(e)}") from e
             why = "HF_HUB_OFFLINE is set" if before else "the model hub cannot be reached"

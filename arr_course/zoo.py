@@ -143,6 +143,7 @@ def read_card(name: str) -> dict:
 def _load_shipped(name, rest, device=None) -> Encoder:
     "One of the course's own ViTs: the hash in its card is checked before a tensor is read."
     card = read_card(name)
+    if not card["path"].with_suffix(".safetensors").is_file(): raise ModelNotFound(_cannot(name, "its card is here, but its weights are missing"))
     tuples = lambda d: {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
     path = verify(card["path"].with_suffix(".safetensors"), card["sha256"])
     model = ViT(ViTConfig(**tuples(card["config"])))
