@@ -98,7 +98,7 @@ class EmbeddingStore:
     def add(self, keys: list[str], vectors: np.ndarray):
         "Store `vectors` (m, e) under `keys`; when this returns they are on the disk."
         if len(keys) != len(vectors): raise ValueError(f"{len(keys)} keys for {len(vectors)} vectors")
-        if not len(keys): return
+        if not keys: return
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
         write_shard(self.folder, keys, vectors)
         self._vectors.update(zip(keys, vectors, strict=True))
@@ -190,7 +190,7 @@ def find_neighbours(
     if method == "auto":
         method = "ivf" if n > exact_up_to and has("faiss") else "sklearn" if has("sklearn") else "blocks"
     if method not in ("blocks", "sklearn", "ivf"): raise ValueError(f"method={method!r}: choose auto, blocks, sklearn or ivf")
-    if k == 0: return Neighbours(np.zeros((n, 0), np.int64), np.zeros((n, 0), np.float32), "none")
+    if not k: return Neighbours(np.zeros((n, 0), np.int64), np.zeros((n, 0), np.float32), "none")
     if method == "blocks": return Neighbours(*top_k(x, x, k, own=np.arange(n)), method)
     if method == "ivf": found, got = _ivf(x, k)
     else:
@@ -202,8 +202,7 @@ def find_neighbours(
 
 def nearest(embeddings: np.ndarray, k: int = 3) -> tuple[np.ndarray, np.ndarray]:
     "Index (n, k) and cosine (n, k) of the k nearest others of each row of embeddings (n, e); see `find_neighbours`."
-    found = find_neighbours(embeddings, k)
-    return found.index, found.similarity
+    return (found := find_neighbours(embeddings, k)).index, found.similarity
 
 def unit_rows(embeddings: np.ndarray) -> np.ndarray:
     "embeddings (n, e) as float32 rows of length one. `ValueError` if a row is zero or not finite, with its number."
