@@ -5,7 +5,7 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 WARN = "<!-- Made from nbs/index.ipynb by scripts/readme.py: change the notebook, then run make readme. -->"
-HIDDEN = re.compile(r"#\|\s*(hide|include: false|default_exp|eval: false)", re.M)
+HIDDEN = re.compile(r"#\|\s*(hide|include: false|default_exp|eval: false)")
 
 
 def link(m):
