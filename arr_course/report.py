@@ -43,7 +43,7 @@ def caption(r: dict, rows: int) -> str:
     more = [f"{len(r['images']) - rows} more images are not shown"] if len(r["images"]) > rows else []
     return "; ".join([*more, f"skipped: {len(r['skipped'])}", f"disagreements: {len(r['disagreements'])}"])
 
-# %% ../nbs/92_report.ipynb #f52fbf55
+# %% ../nbs/92_report.ipynb #3d4580c8
 def table(
     result,          # A `Result`, or its dict
     rows: int = 50,  # Show at most this many images
@@ -60,12 +60,12 @@ def table(
     t.caption = Text(caption(r, rows))
     return t
 
-# %% ../nbs/92_report.ipynb #83ad46dd
+# %% ../nbs/92_report.ipynb #2f9b7194
 def save_json(result, path) -> Path:
     "Write the whole result (`SCHEMA`, and `backbones`) as JSON, atomically; returns the path."
     return write_json(path, clean(as_dict(result)))
 
-# %% ../nbs/92_report.ipynb #619fcda3
+# %% ../nbs/92_report.ipynb #3ab70317
 def csv_rows(result) -> list[dict]:
     "One flat dict an image: path, label, confidence, unsure, neighbour_1, similarity_1, ... ; a path cannot be a formula."
     safe, rows = lambda p: f"./{p}" if str(p)[:1] in tuple("=+-@") else p, []
@@ -75,7 +75,7 @@ def csv_rows(result) -> list[dict]:
         rows.append(clean(row))
     return rows
 
-# %% ../nbs/92_report.ipynb #d70fe15d
+# %% ../nbs/92_report.ipynb #d15b174f
 def save_csv(result, path) -> Path:
     "Write one row an image as CSV (UTF-8 with a header), atomically; returns the path."
     rows = csv_rows(result)
@@ -84,13 +84,13 @@ def save_csv(result, path) -> Path:
         w = csv.DictWriter(f, names); w.writeheader(); w.writerows(rows)
     return Path(path)
 
-# %% ../nbs/92_report.ipynb #151ccc04
+# %% ../nbs/92_report.ipynb #94694f9a
 def meter(c: float) -> str:
     "A confidence in [0, 1] as a bar that a screen reader can read."
     return (f'<div class="bar" role="meter" aria-label="confidence" aria-valuemin="0" aria-valuemax="1" aria-valuenow="{c:.3f}">'
             f'<i style="width:{max(0, min(1, c)):.1%}"></i></div>')
 
-# %% ../nbs/92_report.ipynb #94694f9a
+# %% ../nbs/92_report.ipynb #d181f86b
 def card(
     im: dict,              # One of `Result.images`
     ids: dict[str, int],   # The number of each path
@@ -107,7 +107,7 @@ def card(
             + (f'<h4>Nearest by sight</h4><ul class="near">{near}</ul>' if near else '<p class="quiet">no neighbours</p>')
             + "</div></article>")
 
-# %% ../nbs/92_report.ipynb #d181f86b
+# %% ../nbs/92_report.ipynb #fa1fc1c1
 def group_list(
     groups: list[tuple[str, list[str]]],  # (title, paths) of each group
     ids: dict[str, int],                  # The number of each path
@@ -119,7 +119,7 @@ def group_list(
     row = lambda ps: "".join(pic(p, ids, "s", cards) for p in ps[:most]) + more(ps)
     return "".join(f'<li><h4>{esc(t)} · {len(ps)}</h4><div class="row">{row(ps)}</div></li>' for t, ps in groups)
 
-# %% ../nbs/92_report.ipynb #fa1fc1c1
+# %% ../nbs/92_report.ipynb #89ef754a
 def both_groupings(images: list[dict], most: int = 60) -> tuple[list, list]:
     "What the visual model puts together, and what the labels do: two lists of (title, paths), at most `most` groups each."
     def gather(key, rest):
@@ -130,7 +130,7 @@ def both_groupings(images: list[dict], most: int = 60) -> tuple[list, list]:
     return (gather(lambda im: im["group"] and f"group {im['group']}", "on their own"),
             gather(lambda im: None if im["unsure"] else im["label"], "unsure"))
 
-# %% ../nbs/92_report.ipynb #89ef754a
+# %% ../nbs/92_report.ipynb #8b26b368
 def pair(
     d: dict,               # One of `Result.disagreements`
     ids: dict[str, int],   # The number of each path
@@ -144,14 +144,14 @@ def pair(
     return f'''<li class="pair"><div class="two">{pic(d["a"], ids, "m", cards)}{pic(d["b"], ids, "m", cards)}</div>
 <div><h3>{names}</h3><p>The visual model {eye}.</p><p>The label model {said}.</p></div></li>'''
 
-# %% ../nbs/92_report.ipynb #8b26b368
+# %% ../nbs/92_report.ipynb #197b4ce5
 def skipped_list(rows: list[dict], most: int = 500) -> str:
     "The skipped files and their errors as HTML."
     more = f'<p class="quiet">and {len(rows) - most} more, in the JSON file</p>' if len(rows) > most else ""
     row = lambda s: f'<li><b>{esc(s["path"])}</b><span>{esc(s["error"])}</span></li>'
     return f'<ul class="skipped">{"".join(map(row, rows[:most]))}</ul>{more}'
 
-# %% ../nbs/92_report.ipynb #197b4ce5
+# %% ../nbs/92_report.ipynb #648faed1
 ORDERS = dict(name="by name", label="by label", high="most confident", low="least confident")
 
 def controls(images: list[dict]) -> str:
@@ -164,7 +164,7 @@ def controls(images: list[dict]) -> str:
 <select id="sort" aria-label="Order">{"".join(option(*o) for o in ORDERS.items())}</select>
 <label><input type="checkbox" id="unsure">only unsure</label><output id="count" aria-live="polite"></output></div>'''
 
-# %% ../nbs/92_report.ipynb #648faed1
+# %% ../nbs/92_report.ipynb #3922a9b3
 def flat(v) -> str:
     "A nested value in one line of text."
     if isinstance(v, dict): return ", ".join(f"{str(k).replace('_', ' ')}: {flat(x)}" for k, x in v.items())
@@ -175,7 +175,7 @@ def models(r: dict) -> str:
     item = lambda k, v: f"<dt>{esc(str(k).replace('_', ' '))}</dt><dd>{esc(flat(v))}</dd>"
     return f"<dl>{''.join(item(k, v) for k, v in r['backbones'].items() if v is not None)}</dl>"
 
-# %% ../nbs/92_report.ipynb #623597f7
+# %% ../nbs/92_report.ipynb #0ca53349
 def tiles(r: dict) -> str:
     "The counts, each a link to its section."
     images = r["images"]
@@ -184,7 +184,7 @@ def tiles(r: dict) -> str:
     link = lambda k, v: f'<a href="#{dict(labels="groups", unsure="images").get(k, k)}"><b>{v:,}</b>{k}</a>'
     return f'<nav class="tiles" aria-label="Summary">{"".join(link(k, v) for k, v in n.items())}</nav>'
 
-# %% ../nbs/92_report.ipynb #a1fe527b
+# %% ../nbs/92_report.ipynb #60779459
 def sections(
     r: dict,               # The result as a dict
     ids: dict[str, int],   # The number of each path
@@ -209,7 +209,7 @@ def sections(
                 few + "One model puts the two together, the other apart." if ds else "Nowhere: the two groupings agree.",
                 f'<ul class="pairs">{"".join(pair(d, ids, cards) for d in ds[:pairs])}</ul>')))
 
-# %% ../nbs/92_report.ipynb #8f46d1b8
+# %% ../nbs/92_report.ipynb #dc4d57b3
 def made_with() -> str:
     "Today's date and the versions at work, as HTML."
     p = provenance("timm", "open_clip_torch", "transformers")
@@ -220,7 +220,7 @@ def skipped_section(rows: list[dict]) -> str:
     lead = "Files that could not be read as images." if rows else "None: every image could be read."
     return section("skipped", "Skipped files", lead, skipped_list(rows))
 
-# %% ../nbs/92_report.ipynb #16bda9d3
+# %% ../nbs/92_report.ipynb #82d3e04d
 def save_html(
     result,               # A `Result`, or its dict
     path,                 # Where to write the page
