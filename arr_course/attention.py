@@ -23,7 +23,8 @@ class Attention(nn.Module):
     "Multi-head self-attention over `(b, n, d)`; queries, keys and values in one matrix product (arXiv:1706.03762)."
     def __init__(self, dim, num_heads, qkv_bias="qkv", qk_norm=False, attn_norm=False, norm=NORM):
         super().__init__()
-        if dim % num_heads: raise ValueError(f"a width of {dim} cannot be split over {num_heads} heads: {dim % num_heads} left over")
+        left = dim % num_heads
+        if left: raise ValueError(f"a width of {dim} cannot be split over {num_heads} heads: {left} left over; change one of them")
         if qkv_bias not in QKV_BIAS: raise ValueError(f"qkv_bias={qkv_bias!r} is not one of {QKV_BIAS}")
         self.num_heads, self.qkv = num_heads, nn.Linear(dim, 3 * dim, bias=qkv_bias == "qkv")
         self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(dim)) if qkv_bias == "qv" else None for _ in "qv")
@@ -32,7 +33,8 @@ class Attention(nn.Module):
 
     def split(self, x, rope=None):
         "Queries, keys, values, each `(b, heads, n, head_dim)`; the first two normed and rotated where the model says so."
-        bias = self.qkv.bias if self.q_bias is None else torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        q, v = self.q_bias, self.v_bias
+        bias = self.qkv.bias if q is None else torch.cat([q, torch.zeros_like(q), v])
         qkv = F.linear(x, self.qkv.weight, bias).unflatten(2, (3, self.num_heads, -1))      # (b, n, 3, heads, head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -63,7 +65,7 @@ class Mlp(nn.Module):
 
     def forward(self, x): return self.fc2(self.norm(self.act(self.fc1(x))))
 
-# %% ../nbs/02a_attention.ipynb #2c8d55e8
+# %% ../nbs/02a_attention.ipynb #c8a7c3a6
 class SwiGLU(Mlp):
     "An MLP whose hidden layer is multiplied by a gate: `fc2(silu(gate(x)) * up(x))` (arXiv:2002.05202)."
     def __init__(self, dim, mlp_dim, act="swiglu", mlp_norm=False, norm=NORM):
@@ -74,7 +76,7 @@ class SwiGLU(Mlp):
         gate, up = self.fc1(x).chunk(2, -1)
         return self.fc2(self.norm(self.act(gate) * up))
 
-# %% ../nbs/02a_attention.ipynb #52d521be
+# %% ../nbs/02a_attention.ipynb #11cee280
 class LayerScale(nn.Module):
     "A learned factor for each channel of a branch, small at first (arXiv:2103.17239)."
     def __init__(self, dim, init=1e-5):
@@ -83,7 +85,7 @@ class LayerScale(nn.Module):
 
     def forward(self, x): return x * self.gamma
 
-# %% ../nbs/02a_attention.ipynb #0925cdf8
+# %% ../nbs/02a_attention.ipynb #40c7615f
 class DropPath(nn.Module):
     "In training, leave a branch out for a random share `p` of the images, and scale the others by `1 / (1 - p)` (arXiv:1603.09382)."
     def __init__(self, p=0.0):
@@ -96,7 +98,7 @@ class DropPath(nn.Module):
         keep = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.p          # one draw for each image
         return x * (keep / (1 - self.p)).to(x.dtype)
 
-# %% ../nbs/02a_attention.ipynb #e92fbd21
+# %% ../nbs/02a_attention.ipynb #d5ed651e
 class Block(nn.Module):
     "Pre-norm block: `x + attn(norm(x))`, then `x + mlp(norm(x))`."
     def __init__(self, dim, num_heads, mlp_dim, act="gelu", qkv_bias="qkv", qk_norm=False, attn_norm=False, mlp_norm=False,
@@ -111,7 +113,7 @@ class Block(nn.Module):
         x = x + self.drop1(self.ls1(self.attn(self.norm1(x), rope)))
         return x + self.drop2(self.ls2(self.mlp(self.norm2(x))))
 
-# %% ../nbs/02a_attention.ipynb #7911544a
+# %% ../nbs/02a_attention.ipynb #c55ca321
 class ParallelBlock(Block):
     "Attention and MLP read the same normed input, and both are added to it (ViT-22B, arXiv:2302.05442)."
     def __init__(self, *args, **kwargs):
@@ -122,12 +124,13 @@ class ParallelBlock(Block):
         y = self.norm1(x)
         return x + self.drop1(self.ls1(self.attn(y, rope) + self.mlp(y)))
 
-# %% ../nbs/02a_attention.ipynb #a96923e2
+# %% ../nbs/02a_attention.ipynb #a375be8b
 class AttentionPool(nn.Module):
     "One learned query attends to all patches, then an MLP: `(b, n, d)` to `(b, d)` (arXiv:2106.04560; SigLIP's head)."
     def __init__(self, dim, num_heads, mlp_dim, act="gelu", norm=NORM):
         super().__init__()
-        self.num_heads, self.latent = num_heads, nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=dim ** -0.5))
+        self.num_heads = num_heads
+        self.latent = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=dim ** -0.5))
         self.q, self.kv, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
         self.norm, self.mlp = norm(dim), Mlp(dim, mlp_dim, act)
 

@@ -25,7 +25,7 @@ def rename(sd: dict, rules: tuple) -> dict:
         return key
     return {one(k): v for k, v in sd.items()}
 
-# %% ../nbs/02b_vit_parity.ipynb #1d220319
+# %% ../nbs/02b_vit_parity.ipynb #b0b1dd00
 def fuse(sd: dict) -> dict:
     "Stack `attn.q`, `k`, `v` into `attn.qkv`, and `mlp.gate`, `up` into `mlp.fc1`. Without a key bias, `q_bias` and `v_bias` stay apart."
     sd = dict(sd)
@@ -38,7 +38,7 @@ def fuse(sd: dict) -> dict:
         sd[k.replace(".gate.", ".fc1.")] = torch.cat([sd.pop(k), sd.pop(k.replace(".gate.", ".up."))])
     return sd
 
-# %% ../nbs/02b_vit_parity.ipynb #f3e219f4
+# %% ../nbs/02b_vit_parity.ipynb #ab714b3b
 def infer(
     sd: dict,              # A state dict under our names
     num_heads: int,        # Not to be seen in the weights
@@ -51,7 +51,8 @@ def infer(
     block = {k[len("blocks.0."):]: v for k, v in sd.items() if k.startswith("blocks.0.")}
     has, mlp_dim = {**sd, **block}.__contains__, block["mlp.fc2.weight"].shape[1]
     if has("head.weight") and sd["head.weight"].shape[1] != d:
-        raise ValueError(f"the classifier reads {sd['head.weight'].shape[1]} numbers, not the {d} of one pooled vector: pass the model without it")
+        reads = sd["head.weight"].shape[1]
+        raise ValueError(f"the classifier reads {reads} numbers, not the {d} of one pooled vector: pass the model without it")
     size = (img_size,) * 2 if isinstance(img_size, int) else tuple(img_size)
     cfg = ViTConfig(
         img_size=size[0] if size[0] == size[1] else size, patch_size=patch, in_chans=in_chans, embed_dim=d, num_heads=num_heads, mlp_ratio=mlp_dim / d,
@@ -65,7 +66,7 @@ def infer(
     patches_alone = has("pos_embed.table") and cfg.prefix > 0 and sd["pos_embed.table"].shape[1] == cfg.grid[0] * cfg.grid[1]
     return replace(cfg, no_embed_class=patches_alone)
 
-# %% ../nbs/02b_vit_parity.ipynb #c6bdcb68
+# %% ../nbs/02b_vit_parity.ipynb #579266a8
 def build(sd: dict, cfg: ViTConfig) -> ViT:
     "A ViT of this shape holding a copy of these weights, in evaluation mode. Every name must fit."
     with torch.device("meta"): vit = ViT(cfg)
@@ -74,7 +75,7 @@ def build(sd: dict, cfg: ViTConfig) -> ViT:
     vit.load_state_dict({k: v.detach().clone() for k, v in sd.items()}, assign=True)
     return vit.requires_grad_(True).eval()
 
-# %% ../nbs/02b_vit_parity.ipynb #7cfb4028
+# %% ../nbs/02b_vit_parity.ipynb #7f0e9da0
 TIMM = (
     (r"^pos_embed$", "pos_embed.table"), (r"\.gamma_(\d)$", r".ls\1.gamma"), (r"\.attn\.([qkv])_proj\.", r".attn.\1."),
     (r"\.mlp\.fc1_g\.", ".mlp.gate."), (r"\.mlp\.fc1_x\.", ".mlp.up."),
@@ -89,12 +90,13 @@ def timm_names(sd: dict) -> dict:
         sd[k.replace("in_proj", "mlp.fc1")], sd[k.replace("in_proj", "attn.qkv")] = w.split([len(w) - 3 * d, 3 * d])
     return sd
 
-# %% ../nbs/02b_vit_parity.ipynb #7f0e9da0
+# %% ../nbs/02b_vit_parity.ipynb #d0fbbd35
 ACT_NAMES = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "gelu"}
 
 def timm_act(act: nn.Module) -> str:
     "Our name for an activation module of timm (SiLU only stands in gated MLPs, which the shapes show)."
-    if (kind := type(act).__name__) not in ACT_NAMES: raise ValueError(f"the activation {kind} is not one of {', '.join(ACT_NAMES)}")
+    kind = type(act).__name__
+    if kind not in ACT_NAMES: raise ValueError(f"the activation {kind} is not one of {', '.join(ACT_NAMES)}")
     return "gelu_tanh" if getattr(act, "approximate", None) == "tanh" else ACT_NAMES[kind]
 
 def timm_rope(rope) -> dict:
@@ -106,7 +108,7 @@ def timm_rope(rope) -> dict:
         raise ValueError(f"{type(rope).__name__} {off or ''} is not the rotary embedding of EVA-02, the only kind that ViT has")
     return dict(rope=True, rope_ref=tuple(rope.ref_feat_shape) if rope.ref_feat_shape else None)
 
-# %% ../nbs/02b_vit_parity.ipynb #207fd2a0
+# %% ../nbs/02b_vit_parity.ipynb #9fe08ad7
 def from_timm(
     model,                     # A timm `VisionTransformer` or `Eva`, or a timm model name
     pretrained: bool = False,  # For a name: load timm's weights from the hub or its cache
@@ -125,24 +127,26 @@ def from_timm(
     return build(sd, infer(sd, attn.num_heads, model.patch_embed.img_size, act, norm_eps=norm.eps, global_pool=pool,
                            **timm_rope(getattr(model, "rope", None))))
 
-# %% ../nbs/02b_vit_parity.ipynb #5b7168cc
+# %% ../nbs/02b_vit_parity.ipynb #7c420072
 def unname(vit: ViT, eva: bool) -> dict:
     "A ViT's weights under timm's names; factorised and sin-cos positions as the table that they amount to."
     cfg, sd = vit.cfg, {k: v for k, v in vit.state_dict().items() if not k.startswith("pos_embed.")}
     if vit.pos_embed is not None: sd["pos_embed"] = vit.pos_embed.table if cfg.pos_embed == "learn" else vit.pos_embed(cfg.grid)
     if eva: sd = rename(sd, ((r"\.ls(\d)\.gamma$", r".gamma_\1"),))
     if eva and cfg.mlp_norm and cfg.mlp == "swiglu":
-        for k in [k for k in sd if ".mlp.fc1." in k]: sd[k.replace("fc1", "fc1_g")], sd[k.replace("fc1", "fc1_x")] = sd.pop(k).chunk(2)
+        for k in [k for k in sd if ".mlp.fc1." in k]:
+            sd[k.replace("fc1", "fc1_g")], sd[k.replace("fc1", "fc1_x")] = sd.pop(k).chunk(2)
     if not cfg.parallel: return sd
-    back = ((r"(blocks\.\d+)\.norm1\.", r"\1.in_norm."), (r"\.attn\.([qk]_norm)\.", r".\1."), (r"(blocks\.\d+)\.attn\.proj\.", r"\1.attn_out_proj."),
-            (r"(blocks\.\d+)\.mlp\.fc2\.", r"\1.mlp_out_proj."), (r"\.ls1\.gamma$", ".ls.gamma"))
+    back = ((r"(blocks\.\d+)\.norm1\.", r"\1.in_norm."), (r"\.attn\.([qk]_norm)\.", r".\1."),
+            (r"(blocks\.\d+)\.attn\.proj\.", r"\1.attn_out_proj."), (r"(blocks\.\d+)\.mlp\.fc2\.", r"\1.mlp_out_proj."), (r"\.ls1\.gamma$", ".ls.gamma"))
     sd = rename(sd, back)
     for k in [k for k in sd if k.startswith("blocks.") and ".mlp.fc1." in k]:
         qkv = sd.pop(k.replace("mlp.fc1", "attn.qkv"), None)
-        sd[k.replace("mlp.fc1.bias", "mlp_bias") if qkv is None else k.replace("mlp.fc1", "in_proj")] = sd.pop(k) if qkv is None else torch.cat([sd.pop(k), qkv])
+        if qkv is None: sd[k.replace("mlp.fc1.bias", "mlp_bias")] = sd.pop(k)
+        else: sd[k.replace("mlp.fc1", "in_proj")] = torch.cat([sd.pop(k), qkv])
     return sd
 
-# %% ../nbs/02b_vit_parity.ipynb #3ed5e3e6
+# %% ../nbs/02b_vit_parity.ipynb #f60ca7bd
 def to_timm(
     vit: ViT,  # The model to convert
     **extra,   # More arguments for timm's class, e.g. `dynamic_img_size=True`
@@ -157,12 +161,13 @@ def to_timm(
     args = dict(
         img_size=cfg.size, patch_size=cfg.patch_size, in_chans=cfg.in_chans, embed_dim=cfg.embed_dim, depth=cfg.depth,
         num_heads=cfg.num_heads, mlp_ratio=hidden / cfg.embed_dim, num_classes=cfg.num_classes, global_pool=cfg.global_pool,
-        class_token=cfg.class_token, no_embed_class=cfg.no_embed_class or cfg.pos_embed in ("factorised", "sincos"), qk_norm=cfg.qk_norm,
-        init_values=cfg.layer_scale, drop_path_rate=cfg.drop_path, norm_layer=norm, qkv_bias=bias)
+        class_token=cfg.class_token, no_embed_class=cfg.no_embed_class or cfg.pos_embed in ("factorised", "sincos"),
+        qk_norm=cfg.qk_norm, init_values=cfg.layer_scale, drop_path_rate=cfg.drop_path, norm_layer=norm, qkv_bias=bias)
     if eva: model = timm.models.eva.Eva(**args, **dict(
         num_reg_tokens=cfg.reg_tokens, swiglu_mlp=gated, scale_mlp=cfg.mlp_norm, scale_attn_inner=cfg.attn_norm,
         attn_type="rope" if cfg.qkv_bias == "qkv" else "eva", use_abs_pos_emb=cfg.pos_embed != "none", use_rot_pos_emb=cfg.rope,
-        ref_feat_shape=cfg.rope_ref, use_pre_transformer_norm=cfg.norm_pre, use_post_transformer_norm=not cfg.fc_norm, use_fc_norm=cfg.fc_norm, **extra))
+        ref_feat_shape=cfg.rope_ref, use_pre_transformer_norm=cfg.norm_pre, use_post_transformer_norm=not cfg.fc_norm,
+        use_fc_norm=cfg.fc_norm, **extra))
     else: model = timm.models.vision_transformer.VisionTransformer(**args, **dict(
         reg_tokens=cfg.reg_tokens, pos_embed="none" if cfg.pos_embed == "none" else "learn", pre_norm=cfg.norm_pre, fc_norm=cfg.fc_norm,
         scale_attn_norm=cfg.attn_norm, scale_mlp_norm=cfg.mlp_norm, act_layer="silu" if gated else cfg.mlp,
@@ -171,19 +176,20 @@ def to_timm(
     model.load_state_dict(unname(vit, eva))
     return model.train(vit.training)
 
-# %% ../nbs/02b_vit_parity.ipynb #e0051e71
+# %% ../nbs/02b_vit_parity.ipynb #cd75ac1f
 HF = (
     (r"^(vit|vision_model|dinov2|dinov2_with_registers)\.", ""), (r"^head\.", "attn_pool."),
     (r"^embeddings\.(cls_token|class_embedding)$", "cls_token"), (r"^embeddings\.register_tokens$", "reg_token"),
-    (r"^embeddings\.position_embeddings?(\.weight)?$", "pos_embed.table"), (r"^embeddings\.patch_embeddings?(\.projection)?\.", "patch_embed.proj."),
-    (r"^(encoder\.)?layers?\.", "blocks."), (r"\.(layernorm_before|layer_norm1)\.", ".norm1."), (r"\.(layernorm_after|layer_norm2)\.", ".norm2."),
+    (r"^embeddings\.position_embeddings?(\.weight)?$", "pos_embed.table"),
+    (r"^embeddings\.patch_embeddings?(\.projection)?\.", "patch_embed.proj."), (r"^(encoder\.)?layers?\.", "blocks."),
+    (r"\.(layernorm_before|layer_norm1)\.", ".norm1."), (r"\.(layernorm_after|layer_norm2)\.", ".norm2."),
     (r"\.(attention|self_attn)\.([qkv])_proj\.", r".attn.\2."), (r"^attn_pool\.attention\.out_proj\.", "attn_pool.proj."),
     (r"\.(attention|self_attn)\.(o|out)_proj\.", ".attn.proj."), (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
     (r"\.mlp\.gate_proj\.", ".mlp.gate."), (r"\.mlp\.up_proj\.", ".mlp.up."), (r"\.mlp\.down_proj\.", ".mlp.fc2."),
     (r"^pre_layrnorm\.", "norm_pre."), (r"^(post_)?layernorm\.", "norm."), (r"^(classifier|visual_projection)\.", "head."),
     (r"^attn_pool\.probe$", "attn_pool.latent"), (r"^attn_pool\.layernorm\.", "attn_pool.norm."))
 HF_ACTS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "quick_gelu": "quick_gelu"}
-HF_KINDS = {"vit": False, "dinov2": False, "dinov2_with_registers": True, "clip_vision_model": False, "siglip_vision_model": False}  # antialias?
+HF_KINDS = dict(vit=False, dinov2=False, dinov2_with_registers=True, clip_vision_model=False, siglip_vision_model=False)  # antialias?
 
 def hf_names(sd: dict) -> dict:
     "The weights of a transformers vision tower under our names; the tanh pooler and the mask token are left out."
@@ -196,10 +202,10 @@ def hf_names(sd: dict) -> dict:
     for o in ("weight", "bias"):
         if (w := sd.pop(f"attn_pool.attention.in_proj_{o}", None)) is not None:
             sd[f"attn_pool.q.{o}"], sd[f"attn_pool.kv.{o}"] = w.split([len(w) // 3, len(w) // 3 * 2])
-    if "head.weight" in sd and "head.bias" not in sd: sd["head.bias"] = torch.zeros(len(sd["head.weight"]))  # CLIP's projection
+    if "head.weight" in sd: sd.setdefault("head.bias", torch.zeros(len(sd["head.weight"])))  # CLIP's projection has none
     return sd
 
-# %% ../nbs/02b_vit_parity.ipynb #6b52c44a
+# %% ../nbs/02b_vit_parity.ipynb #d3748d2b
 def from_hf(
     model,  # A transformers model (ViT, DINOv2 with or without registers, CLIP, SigLIP), or its folder or hub name
 ) -> ViT:
