@@ -1,4 +1,5 @@
 """The label-free toolkit: what a notebook cannot say. Hub models (tiny, random), no network, two runs at once, 100,000 images."""
+
 import json
 import os
 import shutil
@@ -7,18 +8,16 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from arr_course import embed
-from arr_course.embed import Backbones, choose, embed_missing, hash_files, sources
+from arr_course.embed import choose, embed_missing, hash_files, sources
 from arr_course.images import sample_photos
-from arr_course.label_free import compare, run, score_images
+from arr_course.label_free import compare, run
 from arr_course.neighbours import EmbeddingStore, find_neighbours, nearest, recall, top_k, unit_rows
 from arr_course.zero_shot import Scores, sigmoid, softmax
 
@@ -30,7 +29,8 @@ quiet = dict(progress=False)
 
 
 @pytest.fixture(scope="module")
-def packaged(): return choose("packaged")
+def packaged():
+    return choose("packaged")
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +52,21 @@ def hub(tmp_path_factory):
 
 def coloured(folder, n, size=40):
     folder.mkdir(parents=True, exist_ok=True)
-    for i in range(n): Image.new("RGB", (size, size), (i * 37 % 256, i * 91 % 256, i * 53 % 256)).save(folder / f"{i:03}.png")
+    for i in range(n):
+        Image.new("RGB", (size, size), (i * 37 % 256, i * 91 % 256, i * 53 % 256)).save(folder / f"{i:03}.png")
     return folder
 
 
 # ---- the models of the hub -------------------------------------------------------------------------------------------------------
 
+
 def test_dinov2_sees_and_clip_names(hub, photos, tmp_path):
     r = run(photos, "dog, old bus, coins", f"{hub['dinov2']}+{hub['clip']}", cache=tmp_path, **quiet)
     models = choose(f"{hub['dinov2']}+{hub['clip']}")
     image = models.labels.embed(list_images(photos))
-    caption = models.labels.encode_text(["a photo of a dog.", "a photo of an old bus.", "a photo of coins.", "a photo."])
+    caption = models.labels.encode_text(
+        ["a photo of a dog.", "a photo of an old bus.", "a photo of coins.", "a photo."]
+    )
     p = (models.labels.logit_scale * image @ caption.T).softmax(-1)[:, :3]
     assert np.allclose([i["confidence"] for i in r.images], p.max(1).values, atol=2e-3)
     assert [i["label"] for i in r.images] == [["dog", "old bus", "coins"][j] for j in p.argmax(1)]
@@ -75,6 +79,7 @@ def test_dinov2_sees_and_clip_names(hub, photos, tmp_path):
 
 def list_images(folder):
     from arr_course.images import ImageFolder
+
     return [im for _, im in ImageFolder(folder)]
 
 
@@ -84,38 +89,56 @@ def test_siglip_scores_each_label_alone(hub, photos, tmp_path):
     few = run(photos, "a dog, a cat", models, cache=tmp_path, **quiet)
     more = run(photos, "a dog, a cat, a rocket, a palace", models, cache=tmp_path, **quiet)
     assert more.embedded == 0, "new labels must not cost a new pass"
-    image, text = models.labels.embed(list_images(photos)), models.labels.encode_text(["a photo of a dog.", "a photo of a cat."])
+    image, text = (
+        models.labels.embed(list_images(photos)),
+        models.labels.encode_text(["a photo of a dog.", "a photo of a cat."]),
+    )
     logits = (models.labels.logit_scale * image @ text.T + models.labels.logit_bias).numpy()
     assert np.allclose([i["confidence"] for i in few.images], sigmoid(logits).max(1), atol=2e-3)
     assert np.allclose([i["forced"] for i in few.images], softmax(logits).max(1), atol=2e-2)
     for a, b in zip(few.images, more.images, strict=True):
-        assert b["confidence"] >= a["confidence"] - 1e-4, "an independent score cannot fall because another label was added"
+        assert b["confidence"] >= a["confidence"] - 1e-4, (
+            "an independent score cannot fall because another label was added"
+        )
 
 
 def test_one_label_is_not_certain(hub, photos, packaged, tmp_path):
     for models in (packaged, choose(hub["clip"]), choose(hub["siglip"])):
         r = run(photos, "a cat", models, cache=tmp_path, **quiet)
         assert all(i["forced"] == 1 for i in r.images) and min(i["confidence"] for i in r.images) < 0.99
-        assert [i["unsure"] for i in r.images] == [i["confidence"] < (0.1 if models.scoring == "sigmoid" else 0.5) for i in r.images]
+        assert [i["unsure"] for i in r.images] == [
+            i["confidence"] < (0.1 if models.scoring == "sigmoid" else 0.5) for i in r.images
+        ]
 
 
 def test_a_lone_vision_model_is_named_by_conse(hub, photos, tmp_path):
     r = run(photos, "a cat, a rocket", hub["dinov2"], cache=tmp_path, **quiet)
-    assert r.backbones["visual"] == hub["dinov2"] and "efficientnet" in r.backbones["labels"] and "ConSE" in r.backbones["labels"]
+    assert (
+        r.backbones["visual"] == hub["dinov2"]
+        and "efficientnet" in r.backbones["labels"]
+        and "ConSE" in r.backbones["labels"]
+    )
     assert {i["path"]: i["label"] for i in r.images}["cat.png"] == "a cat"
 
 
 # ---- auto ------------------------------------------------------------------------------------------------------------------------
 
+
 def test_auto_takes_hub_models_that_are_there(hub, monkeypatch):
-    monkeypatch.setattr(embed, "hub_candidates", lambda: (dict(visual=["hf/no/such-dinov2", hub["dinov2"]], labels=[hub["siglip"]]), False))
+    monkeypatch.setattr(
+        embed,
+        "hub_candidates",
+        lambda: (dict(visual=["hf/no/such-dinov2", hub["dinov2"]], labels=[hub["siglip"]]), False),
+    )
     b = choose("auto")
     assert (b.visual.name, b.labels.name, b.scoring) == (hub["dinov2"], hub["siglip"], "sigmoid")
     assert "DINOv2" in b.how and "image-text" in b.how
 
 
 def test_auto_fills_up_with_packaged_models(hub, monkeypatch):
-    monkeypatch.setattr(embed, "hub_candidates", lambda: (dict(visual=[hub["dinov2"]], labels=["hf/no/such-clip"]), False))
+    monkeypatch.setattr(
+        embed, "hub_candidates", lambda: (dict(visual=[hub["dinov2"]], labels=["hf/no/such-clip"]), False)
+    )
     b = choose("auto")
     assert (b.visual.name, b.scoring) == (hub["dinov2"], "conse") and "such-clip" in b.how and "packaged" in b.how
 
@@ -133,26 +156,34 @@ def test_auto_decides_quickly_behind_a_hub_that_never_answers(monkeypatch, tmp_p
     "A server that accepts and stays silent is worse than none."
     silent = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-    code = ("import time, arr_course.zoo, arr_course.hub; from arr_course.embed import hub_candidates; t = time.perf_counter(); "
-            "c, online = hub_candidates(); print(time.perf_counter() - t, online, c)")
+    code = (
+        "import time, arr_course.zoo, arr_course.hub; from arr_course.embed import hub_candidates; t = time.perf_counter(); "
+        "c, online = hub_candidates(); print(time.perf_counter() - t, online, c)"
+    )
     env = {**os.environ, "HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "no_proxy": "127.0.0.1"}
-    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=True).stdout.split(maxsplit=2)
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=True
+    ).stdout.split(maxsplit=2)
     silent.close()
     assert float(out[0]) < 2.5 and out[1] == "False" and "dinov2" not in out[2]
 
 
 def test_offline_says_so():
-    if os.environ.get("HF_HUB_OFFLINE") != "1": pytest.skip("the hub may answer here")
+    if os.environ.get("HF_HUB_OFFLINE") != "1":
+        pytest.skip("the hub may answer here")
     b = choose("auto")
-    if b.visual.source == "package": assert "packaged" in b.how
+    if b.visual.source == "package":
+        assert "packaged" in b.how
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------------------------
 
+
 def test_only_new_content_is_embedded(packaged, tmp_path):
     album = coloured(tmp_path / "a", 5)
     assert run(album, "a cat", packaged, cache=tmp_path / "c", **quiet).embedded == 5
-    for p in list(album.iterdir()): p.rename(p.with_name("renamed-" + p.name))
+    for p in list(album.iterdir()):
+        p.rename(p.with_name("renamed-" + p.name))
     shutil.copy(next(album.iterdir()), album / "copy.png")
     assert run(album, "a cat", packaged, cache=tmp_path / "c", **quiet).embedded == 0
     Image.new("RGB", (9, 9), "red").save(album / "new.png")
@@ -170,7 +201,8 @@ def test_damaged_shards_are_made_again(packaged, tmp_path):
     data = bytearray(shards[-1].read_bytes())
     data[len(data) // 2] ^= 4
     shards[-1].write_bytes(data)
-    with pytest.warns(UserWarning, match="damaged shard"): again = run(album, "a cat", packaged, cache=tmp_path / "c", **quiet)
+    with pytest.warns(UserWarning, match="damaged shard"):
+        again = run(album, "a cat", packaged, cache=tmp_path / "c", **quiet)
     assert 2 <= again.embedded <= 4
     assert np.allclose([i["confidence"] for i in again.images], [i["confidence"] for i in first.images], atol=1e-3)
     assert run(album, "a cat", packaged, cache=tmp_path / "c", **quiet).embedded == 0
@@ -179,7 +211,8 @@ def test_damaged_shards_are_made_again(packaged, tmp_path):
 def test_kill_loses_nothing_that_was_stored(packaged, photos, tmp_path):
     code = "import sys; from arr_course.label_free import run; run(*sys.argv[1:3], 'packaged', cache=sys.argv[3], batch_size=1, progress=False)"
     child = subprocess.Popen([sys.executable, "-c", code, str(photos), "a cat", str(tmp_path)], cwd=ROOT)
-    while child.poll() is None and len(list(tmp_path.glob("*/*.safetensors"))) < 9: time.sleep(0.005)
+    while child.poll() is None and len(list(tmp_path.glob("*/*.safetensors"))) < 9:
+        time.sleep(0.005)
     child.kill()
     child.wait()
     stored = [EmbeddingStore(tmp_path, packaged.visual.fingerprint, kind) for kind in ("embedding", "top10")]
@@ -190,9 +223,13 @@ def test_kill_loses_nothing_that_was_stored(packaged, photos, tmp_path):
 
 def test_two_runs_at_once(photos, tmp_path):
     "Two real processes on one folder and one cache: both finish, and a third finds everything done."
-    code = ("import sys; from arr_course.label_free import run; print(run(*sys.argv[1:3], 'packaged', cache=sys.argv[3], batch_size=2, "
-            "progress=False).embedded)")
-    start = lambda: subprocess.Popen([sys.executable, "-c", code, str(photos), "a cat", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    code = (
+        "import sys; from arr_course.label_free import run; print(run(*sys.argv[1:3], 'packaged', cache=sys.argv[3], batch_size=2, "
+        "progress=False).embedded)"
+    )
+    start = lambda: subprocess.Popen(
+        [sys.executable, "-c", code, str(photos), "a cat", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     both = [start(), start()]
     done = [p.communicate(timeout=200)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0] and sum(map(int, done)) >= 21
@@ -204,13 +241,18 @@ def test_stores_merge_while_others_write(tmp_path):
     "Writers and merging readers in threads: nothing goes missing."
     keys = [f"{i:064x}" for i in range(240)]
     EmbeddingStore(tmp_path, "m")
+
     def write(part):
         s = EmbeddingStore(tmp_path, "m", merge_above=10)
-        for k in part: s.add([k], np.full((1, 8), int(k, 16), np.float32))
+        for k in part:
+            s.add([k], np.full((1, 8), int(k, 16), np.float32))
         EmbeddingStore(tmp_path, "m", merge_above=10)
+
     threads = [threading.Thread(target=write, args=(keys[i::4],)) for i in range(4)]
-    for t in threads: t.start()
-    for t in threads: t.join()
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
     final = EmbeddingStore(tmp_path, "m")
     assert len(final) == 240 and not final.damaged
     assert (final.matrix(keys)[:, 0] == np.arange(240)).all()
@@ -227,7 +269,13 @@ def test_bad_files_never_stop_a_run(packaged, tmp_path):
     (album / "sub" / "letter.jpg").write_text("dear reader")
     r = run(album, "a cat", packaged, cache=tmp_path / "c", **quiet)
     assert len(r.images) == 3
-    assert sorted(s["path"] for s in r.skipped) == ["cut copy.png", "cut.png", "gone.png", "nothing.jpg", "sub/letter.jpg"]
+    assert sorted(s["path"] for s in r.skipped) == [
+        "cut copy.png",
+        "cut.png",
+        "gone.png",
+        "nothing.jpg",
+        "sub/letter.jpg",
+    ]
     assert all(s["error"] and str(tmp_path) not in s["error"] for s in r.skipped)
     json.dumps(r.to_dict(), allow_nan=False)
 
@@ -237,19 +285,26 @@ def test_small_folders(packaged, tmp_path, n):
     r = run(coloured(tmp_path / "a", n), "a cat, a dog", packaged, k=3, cache=tmp_path / "c", **quiet)
     assert [len(i["neighbours"]) for i in r.images] == [min(3, n - 1)] * n
     assert all(i["path"] not in [x["path"] for x in i["neighbours"]] for i in r.images)
-    assert ("no readable image" in r.backbones["yardstick"]) == (n == 0) and ("too few" in r.backbones["yardstick"]) == (0 < n < 5)
+    assert ("no readable image" in r.backbones["yardstick"]) == (n == 0) and (
+        "too few" in r.backbones["yardstick"]
+    ) == (0 < n < 5)
     assert sorted(r.to_dict()) == ["backbones", "disagreements", "images", "skipped"]
 
 
 # ---- size ------------------------------------------------------------------------------------------------------------------------
 
+
 class Peak:
     "Largest resident memory above the start, in bytes."
+
     def __enter__(self):
         now = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         self.bytes, self.stop, start = 0, threading.Event(), now()
+
         def watch():
-            while not self.stop.wait(0.005): self.bytes = max(self.bytes, now() - start)
+            while not self.stop.wait(0.005):
+                self.bytes = max(self.bytes, now() - start)
+
         self.thread = threading.Thread(target=watch)
         self.thread.start()
         return self
@@ -271,7 +326,8 @@ def test_a_hundred_thousand_images():
     wrong = r.choice(n, 100, replace=False)
     conf[wrong] = np.roll(conf[wrong], 1, axis=1)
     names = [f"{i}.jpg" for i in range(n)]
-    with Peak() as peak: images, found, facts = compare(names, x, Scores(conf, conf, 0.5), [f"label {i}" for i in range(10)], k=3)
+    with Peak() as peak:
+        images, found, facts = compare(names, x, Scores(conf, conf, 0.5), [f"label {i}" for i in range(10)], k=3)
     sample = r.choice(n, 200, replace=False)
     truth = top_k(x[sample], x, 3, own=sample)[0]
     got = np.array([[int(m["path"][:-4]) for m in images[i]["neighbours"]] for i in sample])
@@ -303,6 +359,7 @@ def test_embedding_does_not_depend_on_the_batch(packaged, photos, tmp_path):
 
 # ---- what the lab stores ---------------------------------------------------------------------------------------------------------
 
+
 def test_the_lab_still_finds_what_it_stored(packaged, photos, tmp_path):
     stored = json.loads((ROOT / "labs/label_free/results/label_free.json").read_text(encoding="utf-8"))
     lines = (ROOT / "labs/label_free/labels.txt").read_text(encoding="utf-8").splitlines()
@@ -320,6 +377,10 @@ def test_benchmarks_met_their_targets(name):
     r = json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text(encoding="utf-8"))
     assert r["commit"] and r["versions"]["torch"]
     if name == "toolkit":
-        ratio = {row["variant"].split(",")[0] + (" one" if "one" in row["variant"] else " many"): row["over_timm_one"] for row in r["rows"]}
+        ratio = {
+            row["variant"].split(",")[0] + (" one" if "one" in row["variant"] else " many"): row["over_timm_one"]
+            for row in r["rows"]
+        }
         assert ratio["toolkit one"] >= 1.0 and ratio["toolkit many"] >= 1.5
-    else: assert max(row["n"] for row in r["rows"]) == 100_000 and all(row["recall"] > 0.95 for row in r["rows"])
+    else:
+        assert max(row["n"] for row in r["rows"]) == 100_000 and all(row["recall"] > 0.95 for row in r["rows"])

@@ -1,7 +1,8 @@
 """Run the lab on its photographs and store the result with its provenance. On purpose, after a change: the tests compare with it.
 
-    python labs/label_free/refresh.py            # about 20 s; writes results/label_free.json
+python labs/label_free/refresh.py            # about 20 s; writes results/label_free.json
 """
+
 import json
 import tempfile
 import time
@@ -20,9 +21,19 @@ def main():
     with tempfile.TemporaryDirectory() as d:
         sample_photos(d)
         result = run(d, labels, "packaged", cache=False)
-    path = write_json(HERE / "results" / "label_free.json", dict(labels=labels, result=result.to_dict(), provenance=provenance(
-        "timm", "transformers", "scikit-learn", "pillow", command="python labs/label_free/refresh.py", wall_seconds=round(time.perf_counter() - start, 1))))
+    facts = provenance(
+        "timm",
+        "transformers",
+        "scikit-learn",
+        "pillow",
+        command="python labs/label_free/refresh.py",
+        wall_seconds=round(time.perf_counter() - start, 1),
+    )
+    path = write_json(
+        HERE / "results" / "label_free.json", dict(labels=labels, result=result.to_dict(), provenance=facts)
+    )
     print(f"{result}\nwrote {path.relative_to(HERE)}, {len(json.dumps(result.to_dict()))} characters")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()
