@@ -52,7 +52,8 @@ class Cursor:
 
     def take(self, n: int):
         "The next `n` bytes; a `GGUFError` where the file ends before them."
-        if self.at + n > len(self.data): raise GGUFError(f"{self.name}: cut short: it ends at byte {len(self.data)}, inside its header")
+        if self.at + n > len(self.data):
+            raise GGUFError(f"{self.name}: cut short: it ends at byte {len(self.data)}, inside its header")
         self.at += n
         return self.data[self.at - n:self.at]
 
@@ -95,10 +96,12 @@ def read_gguf(path: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
 
 def _tensor(file, data, name, shape, kind, at):
     "One row of the table, as a slice of the file."
-    if kind not in LAYOUTS: raise GGUFError(f"{file}: {name} has layout {kind}; this reader knows {', '.join(o.name for o in LAYOUTS.values())}")
+    if kind not in LAYOUTS:
+        raise GGUFError(f"{file}: {name} has layout {kind}; this reader knows {', '.join(o.name for o in LAYOUTS.values())}")
     layout, n = LAYOUTS[kind], math.prod(shape)
     size = n // layout.weights * layout.bytes
-    if n % layout.weights or at + size > len(data): raise GGUFError(f"{file}: cut short or damaged: {name} should end at byte {at + size} of {len(data)}")
+    if n % layout.weights or at + size > len(data):
+        raise GGUFError(f"{file}: cut short or damaged: {name} should end at byte {at + size} of {len(data)}")
     return Tensor(tuple(shape), layout, data[at:at + size])
 
 # %% ../nbs/04a_gguf.ipynb #05f3d74f
@@ -110,8 +113,10 @@ def unpermute(
     return w.reshape(heads, -1, 2, w.shape[-1]).swapaxes(1, 2).reshape(w.shape)
 
 # %% ../nbs/04a_gguf.ipynb #dedcc8b5
-_NAMES = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-          "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_NAMES = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+          "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+          "attn_output": "self_attn.o_proj",
+          "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 def llama_name(name: str) -> str:
@@ -132,30 +137,36 @@ def llama_state_dict(meta: dict, tensors: dict[str, Tensor]) -> dict[str, torch.
 # %% ../nbs/04a_gguf.ipynb #46a4d2c9
 def llama_config(meta: dict):
     "transformers' `LlamaConfig` from the facts of a GGUF file."
-    if meta["general.architecture"] != "llama": raise GGUFError(f"this file holds a {meta['general.architecture']!r} model; a Llama is needed")
+    if meta["general.architecture"] != "llama":
+        raise GGUFError(f"this file holds a {meta['general.architecture']!r} model; a Llama is needed")
     g = lambda k: meta[f"llama.{k}"]
-    ids = {f"{k}_token_id": meta.get(f"tokenizer.ggml.{v}_token_id") for k, v in dict(bos="bos", eos="eos", pad="padding").items()}
+    names = dict(bos="bos", eos="eos", pad="padding")
+    ids = {f"{k}_token_id": meta.get(f"tokenizer.ggml.{v}_token_id") for k, v in names.items()}
     return need("transformers", "models").LlamaConfig(
         vocab_size=g("vocab_size"), hidden_size=g("embedding_length"), intermediate_size=g("feed_forward_length"),
-        num_hidden_layers=g("block_count"), num_attention_heads=g("attention.head_count"), num_key_value_heads=g("attention.head_count_kv"),
+        num_hidden_layers=g("block_count"), num_attention_heads=g("attention.head_count"),
+        num_key_value_heads=g("attention.head_count_kv"),
         max_position_embeddings=g("context_length"), rms_norm_eps=g("attention.layer_norm_rms_epsilon"),
         rope_parameters=dict(rope_type="default", rope_theta=g("rope.freq_base")), tie_word_embeddings=True, **ids)
 
+# %% ../nbs/04a_gguf.ipynb #c0ba0175
 def llama_tokenizer(meta: dict):
-    "transformers' fast tokenizer from the pieces, merges and chat template of a GGUF file. Pads on the left, as generation needs."
-    tk, t = need("tokenizers", "models"), {k.removeprefix("tokenizer.ggml."): v for k, v in meta.items() if k.startswith("tokenizer.ggml.")}
+    "transformers' fast tokenizer from the pieces, merges and chat template of a GGUF file. Pads on the left, to generate."
+    tk, start = need("tokenizers", "models"), "tokenizer.ggml."
+    t = {k.removeprefix(start): v for k, v in meta.items() if k.startswith(start)}
     if t["model"] != "gpt2": raise GGUFError(f"tokenizer model {t['model']!r}; this reader knows byte-level BPE, 'gpt2'")
     tok = tk.Tokenizer(tk.models.BPE({s: i for i, s in enumerate(t["tokens"])}, [tuple(m.split(" ")) for m in t["merges"]]))
     byte_level = tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = [tk.pre_tokenizers.Digits(individual_digits=True)] if t.get("pre") == "smollm" else []
     tok.pre_tokenizer, tok.decoder = tk.pre_tokenizers.Sequence([*digits, byte_level]), tk.decoders.ByteLevel()
-    tok.add_special_tokens([tk.AddedToken(s, special=True, normalized=False) for s, kind in zip(t["tokens"], t["token_type"], strict=True) if kind == 3])
+    special = [s for s, kind in zip(t["tokens"], t["token_type"], strict=True) if kind == 3]
+    tok.add_special_tokens([tk.AddedToken(s, special=True, normalized=False) for s in special])
     name = lambda k: t["tokens"][t[f"{k}_token_id"]]
     return need("transformers", "models").PreTrainedTokenizerFast(
         tokenizer_object=tok, bos_token=name("bos"), eos_token=name("eos"), unk_token=name("unknown"), pad_token=name("padding"),
         padding_side="left", chat_template=meta.get("tokenizer.chat_template"), model_max_length=meta["llama.context_length"])
 
-# %% ../nbs/04a_gguf.ipynb #c0ba0175
+# %% ../nbs/04a_gguf.ipynb #942fe9de
 def intact(folder: Path) -> bool:
     "Does every file of the folder's manifest exist and hash to what was recorded?"
     try: manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -177,7 +188,7 @@ def cached_folder(folder: str | os.PathLike, fill) -> Path:
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
-# %% ../nbs/04a_gguf.ipynb #d68f0131
+# %% ../nbs/04a_gguf.ipynb #f9563326
 def write_hf_folder(path: str | os.PathLike, folder: Path, dtype=torch.float16):
     "Read a Llama from a GGUF file and write it as a transformers folder: config, safetensors, tokenizer."
     meta, tensors = read_gguf(path)
@@ -201,7 +212,7 @@ def load_llama(
     model = t.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, use_safetensors=True, local_files_only=True)
     return model.eval().to(device or "cpu", dtype), t.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
-# %% ../nbs/04a_gguf.ipynb #612cdcd8
+# %% ../nbs/04a_gguf.ipynb #7d8b3569
 @torch.no_grad()
 def ask(
     model,                      # A causal language model

