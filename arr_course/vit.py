@@ -148,7 +148,7 @@ class ViTConfig(BlockConfig, TokenConfig):
         size = dict(embed_dim=d, depth=depth, num_heads=heads, mlp_ratio=mlp_dim / d, patch_size=patch)
         return cls(**{**size, **(OF_22B if name == "22B" else {}), **changes})
 
-# %% ../nbs/02_vit.ipynb #2f706b4d
+# %% ../nbs/02_vit.ipynb #5c2932de
 def check_config(cfg: ViTConfig) -> None:
     "Raise a `ValueError` that names what cannot be built, and the numbers."
     for name, allowed in CHOICES.items():
@@ -160,7 +160,7 @@ def check_config(cfg: ViTConfig) -> None:
         raise ValueError('global_pool="token" needs class_token=True; use "avg" or "map"')
     if min(cfg.grid) < 1: raise ValueError(f"an image of {cfg.size} pixels holds no whole {cfg.patch_size}-pixel patch")
 
-# %% ../nbs/02_vit.ipynb #9364150c
+# %% ../nbs/02_vit.ipynb #e00da5ec
 class Tokens(nn.Module):
     "The first part of a ViT: images to the tokens that enter the first block."
     def __init__(self, cfg: ViTConfig):
@@ -192,7 +192,7 @@ class Tokens(nn.Module):
         x = torch.cat([*extra, x + pos if early else x], 1)
         return self.norm_pre(x if early else x + pos), grid
 
-# %% ../nbs/02_vit.ipynb #bc99cd42
+# %% ../nbs/02_vit.ipynb #a1dbf436
 class Trunk(Tokens):
     "Tokens, blocks, pooling, classifier."
     def __init__(self, cfg: ViTConfig = ViTConfig()):
@@ -217,14 +217,14 @@ class Trunk(Tokens):
 
     def forward(self, x): return self.head(self.pool(self.forward_tokens(x)))
 
-# %% ../nbs/02_vit.ipynb #a1dbf436
+# %% ../nbs/02_vit.ipynb #8397626c
 def init_weights(m: nn.Module) -> None:
     "Truncated normal with deviation 0.02, zero biases. Registers must differ from each other, or they stay equal for ever."
     weights = (m.cls_token, m.reg_token) if isinstance(m, Tokens) else (m.weight,) if isinstance(m, nn.Linear | nn.Conv2d) else ()
     for p in weights: _ = p is None or nn.init.trunc_normal_(p, std=0.02)
     if isinstance(m, nn.Linear | nn.Conv2d) and m.bias is not None: nn.init.zeros_(m.bias)
 
-# %% ../nbs/02_vit.ipynb #a7469fa0
+# %% ../nbs/02_vit.ipynb #2c553698
 class ViT(Trunk):
     "A vision transformer. `forward` gives logits `(b, classes)`, or the pooled vector `(b, d)` where there is no classifier."
     def features(self, x, layers=(), saliency=False) -> Features:
@@ -250,7 +250,7 @@ class ViT(Trunk):
         for block in self.blocks[:index]: x = block(x, self.rope(grid))
         return self.blocks[index].attn.weights(self.blocks[index].norm1(x), self.rope(grid))
 
-# %% ../nbs/02_vit.ipynb #9a639a3d
+# %% ../nbs/02_vit.ipynb #34c3d568
 def macs(
     cfg: ViTConfig,                        # The model
     size: tuple[int, int] | None = None,   # Image (height, width), by default the config's own
@@ -262,7 +262,7 @@ def macs(
     return {"patches": n * d * cfg.in_chans * cfg.patch_size ** 2, "q, k, v, output": cfg.depth * 4 * t * d * d,
             "attention": cfg.depth * 2 * t * t * d, "mlp": cfg.depth * matrices * t * d * m, "head": pool + d * cfg.num_classes}
 
-# %% ../nbs/02_vit.ipynb #08450e22
+# %% ../nbs/02_vit.ipynb #11a81b59
 def attention_distance(
     attn: torch.Tensor,      # Attention weights `(b, heads, prefix + n, prefix + n)`, as `ViT.attentions` returns them
     grid: tuple[int, int],   # Rows and columns of patches

@@ -185,7 +185,7 @@ def to_timm(
     model.load_state_dict(unname(vit, eva))
     return model.train(vit.training)
 
-# %% ../nbs/02b_vit_parity.ipynb #11616106
+# %% ../nbs/02b_vit_parity.ipynb #eda1d759
 HF = (
     (r"^(vit|vision_model|dinov2|dinov2_with_registers)\.", ""), (r"^head\.", "attn_pool."),
     (r"^embeddings\.(cls_token|class_embedding)$", "cls_token"), (r"^embeddings\.register_tokens$", "reg_token"),
@@ -214,7 +214,7 @@ def hf_names(sd: dict) -> dict:
     if "head.weight" in sd: sd.setdefault("head.bias", torch.zeros(len(sd["head.weight"])))  # CLIP's projection has none
     return sd
 
-# %% ../nbs/02b_vit_parity.ipynb #eda1d759
+# %% ../nbs/02b_vit_parity.ipynb #62313905
 def from_hf(
     model,  # A transformers model (ViT, DINOv2 with or without registers, CLIP, SigLIP), or its folder or hub name
 ) -> ViT:
