@@ -156,7 +156,8 @@ def hub(name: str, local: bool = False):
     try: yield
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError, pickle.UnpicklingError) as e:
         if isinstance(e, (OSError, ValueError)) and not isinstance(e, json.JSONDecodeError) or "download" in str(e):
-            if online or local: raise ModelNotFound(f"{name}: {_reason(e)}") from e
+            missing = isinstance(e, OSError) or "download" in str(e)
+            if online or local or not missing: raise ModelNotFound(f"{name}: {_reason(e)}") from e
             why = "HF_HUB_OFFLINE is set" if before else "the model hub cannot be reached"
             raise ModelNotFound(f"{name}: {why}, and its cache does not hold this model") from e
         raise WeightsError(f"{name}: the weights cannot be read or do not fit: {_reason(e)}. "

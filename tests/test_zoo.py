@@ -399,6 +399,16 @@ def test_no_network(checkpoints, timm_folder, tmp_path):
     assert "Traceback" not in out.stderr and time.perf_counter() - start < 60
 
 
+def test_cached_but_of_another_type(tmp_path, monkeypatch):
+    "What is in the cache, but cannot be used, is not reported as missing."
+    from huggingface_hub import constants
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert/config.json").write_text('{"model_type": "bert"}')
+    into_cache(tmp_path / "bert", tmp_path / "hub", "arr/bert")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(zoo.ModelNotFound, match="'bert' is not one of"): zoo.load("hf/arr/bert")
+
+
 def test_offline_flag_is_left_as_it_was(checkpoints):
     from huggingface_hub import constants
     before = constants.HF_HUB_OFFLINE
