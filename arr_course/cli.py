@@ -68,6 +68,7 @@ def read_labels(labels: str | None, labels_file: Path | None) -> list[str]:
     from arr_course.label_free import parse_labels
     return parse_labels(labels)
 
+# %% ../nbs/99_cli.ipynb #c4fe2a01
 def save_masks(folder: Path, images: list[dict], encoder_name: str, out: Path) -> None:
     "Write each image of FOLDER with its automatic masks laid over it to `out`, as PNG, subfolders kept."
     from tqdm.auto import tqdm
@@ -81,6 +82,7 @@ def save_masks(folder: Path, images: list[dict], encoder_name: str, out: Path) -
         to.parent.mkdir(parents=True, exist_ok=True)
         overlay(image, auto_masks(image, encoder)).save(to)
 
+# %% ../nbs/99_cli.ipynb #9e035387
 @app.command()
 def toolkit(
     folder: Annotated[Path, typer.Argument(help="A folder of images; subfolders too.")],
@@ -104,7 +106,7 @@ def toolkit(
     if masks: save_masks(folder, result.images, result.backbones["visual"], masks); typer.echo(f"masks: {masks}")
     if html: report.save_html(result, html, folder); typer.echo(f"report: {html}")
 
-# %% ../nbs/99_cli.ipynb #988ec1eb
+# %% ../nbs/99_cli.ipynb #104cb74e
 def main():
     "The command `arr-course`."
     app()

@@ -134,7 +134,7 @@ CSS_CARDS = """
 .card[hidden]{display:none}.card:target{border-color:var(--accent);box-shadow:0 0 0 2px var(--accent)}
 .card .text{flex:1;min-width:0}
 .label{display:flex;justify-content:space-between;gap:.5rem;margin:.1rem 0 .25rem}.label span{color:var(--quiet);
-  font-variant-numeric:tabular-nums}.label b{font-weight:500}
+  font-variant-numeric:tabular-nums;white-space:nowrap}.label b{font-weight:500}
 """
 
 # %% ../nbs/91a_page.ipynb #dee148ea

@@ -39,9 +39,10 @@ def percent(x) -> str:
 
 # %% ../nbs/92_report.ipynb #07fdd0cd
 def caption(r: dict, rows: int) -> str:
-    "What the table does not show: further images, skipped files, disagreements."
+    "What the table does not show: which models looked and why, further images, skipped files, disagreements."
     more = [f"{len(r['images']) - rows} more images are not shown"] if len(r["images"]) > rows else []
-    return "; ".join([*more, f"skipped: {len(r['skipped'])}", f"disagreements: {len(r['disagreements'])}"])
+    who = "\n".join(f"{key}: {r['backbones'][key]}" for key in ("visual", "labels", "how") if r["backbones"].get(key))
+    return who + "\n" * bool(who) + "; ".join([*more, f"skipped: {len(r['skipped'])}", f"disagreements: {len(r['disagreements'])}"])
 
 # %% ../nbs/92_report.ipynb #3d4580c8
 def table(

@@ -13,7 +13,7 @@ import pytest
 root = Path(__file__).resolve().parent.parent
 TRACKED = subprocess.check_output(["git", "ls-files", "-z"], cwd=root, text=True).strip("\0").split("\0")
 NOTEBOOKS = [root / p for p in TRACKED if p.endswith(".ipynb") and (root / p).exists()]
-CHAPTERS = [p for p in NOTEBOOKS if p.parent.name == "nbs" and p.stem != "index"]
+PAGES = [p for p in NOTEBOOKS if p.parent.name == "nbs" and p.stem != "index"]  # chapters, and the pages that support them (04a)
 MODULES = [p for p in sorted((root / "arr_course").rglob("*.py")) if p.name not in ("_modidx.py", "__init__.py")]
 name = lambda p: p.relative_to(root).as_posix()
 source = lambda c: "".join(c["source"])
@@ -38,18 +38,19 @@ def test_notebook_shape(path):
     assert any(c["outputs"] for c in code), "no stored output at all: run scripts/refresh.py"
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=name)
-def test_chapter_shape(path):
-    "Short cells on average, prose between them, numbered sections, the closing sections, exercises with solutions."
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_page_shape(path):
+    "Short cells on average, prose between them, numbered sections, the closing sections; a chapter has exercises with solutions."
     cs, code = cells(path), [source(c) for c in cells(path, "code") if source(c).strip()]
     text = "\n".join(source(c) for c in cells(path, "markdown"))
+    chapter = re.match(r"\d\d_", path.stem)
     mean = sum(len([o for o in s.splitlines() if o.strip()]) for s in code) / len(code)
-    assert mean <= 8, f"mean code cell {mean:.1f} lines"
+    assert mean <= (8 if chapter else 10), f"mean code cell {mean:.1f} lines"
     assert len(re.findall(r"^## \d+\. ", text, re.M)) >= 3, "numbered sections"
-    for heading in ("## What we learned", "## Exercises", "## References"):
-        assert path.stem == "00a_core" or heading in text, f"no {heading}"
-    assert path.stem == "00a_core" or (path.parent / "solutions" / path.name).exists(), "no solutions"
     assert "Time and memory" in text, "say what it costs on two CPU cores"
+    assert "## What we learned" in text
+    if chapter: assert "## Exercises" in text and "## References" in text
+    if "## Exercises" in text: assert (path.parent / "solutions" / path.name).exists(), "no solutions"
     assert source(cs[-1]).rstrip().endswith("nbdev.nbdev_export()")
 
 
