@@ -87,8 +87,7 @@ class FrozenEncoder:
 
     def pixels(self, images) -> torch.Tensor:
         "What `encode` takes, as `(b, 3, h, w)` on the model's device."
-        p = next(self.model.parameters())
-        return to_pixels(images, self.preprocess).to(p.device, p.dtype)
+        return to_pixels(images, self.preprocess).to(next(self.model.parameters()))
 
     @torch.no_grad()
     def encode(
