@@ -44,6 +44,7 @@ class Backbones:
         naming = f"{self.labels.name} + {self.text.name} (ConSE)" if self.text is not None else f"{self.labels.name} ({self.scoring})"
         return dict(visual=self.visual.name, labels=naming, how=self.how)
 
+# %% ../nbs/90c_embed.ipynb #394a55e6
 def within(seconds: float, f, default=None):
     "`f()`, or `default` if it takes longer than `seconds`: name look-ups have no time limit of their own."
     out = [default]
@@ -51,6 +52,7 @@ def within(seconds: float, f, default=None):
     t.start(); t.join(seconds)
     return out[0]
 
+# %% ../nbs/90c_embed.ipynb #68ed8aa4
 def hub_candidates(seconds: float = 1.5) -> tuple[dict, bool]:
     "Names of hub models that see (DINOv2) and that name (image-text), cached ones first, small ones first; and does the hub answer?"
     from arr_course.hub import hub_online
@@ -61,7 +63,7 @@ def hub_candidates(seconds: float = 1.5) -> tuple[dict, bool]:
     return dict(visual=[m.name for m in found if m.kind == "image" and "dinov2" in m.name],
                 labels=[m.name for m in found if m.kind == "image-text"]), online
 
-# %% ../nbs/90c_embed.ipynb #55b08d3c
+# %% ../nbs/90c_embed.ipynb #82491fa5
 def first_that_loads(names: list[str], load) -> tuple[object, list[str]]:
     "The first of `names` that `load` can load, or `None`; and one line for each that it could not."
     from arr_course.hub import ModelNotFound, WeightsError
@@ -71,12 +73,14 @@ def first_that_loads(names: list[str], load) -> tuple[object, list[str]]:
         except (ModelNotFound, WeightsError) as e: failed.append(str(e).splitlines()[0])
     return None, failed
 
+# %% ../nbs/90c_embed.ipynb #e38cae4c
 def conse_with(encoder=None):
     "A classifier and the sentence encoder for ConSE: `encoder` if it has named classes, else the packaged classifier."
     from arr_course.zoo import load, load_text
     named = bool(getattr(encoder, "classes", None)) and encoder.classes[0] != "class 0"
     return (encoder if named else load(PACKAGED[0])), load_text(PACKAGED[1])
 
+# %% ../nbs/90c_embed.ipynb #0d777d1a
 def choose(backbone: str = "auto") -> Backbones:
     "Load two models: `auto`, `packaged`, one zoo name, or `NAME+NAME` (sees + names). `ModelNotFound` lists what there is."
     from arr_course.zoo import load
@@ -95,7 +99,7 @@ def choose(backbone: str = "auto") -> Backbones:
     visual = visual or load(PACKAGED[0])
     return Backbones(visual, naming, how=how) if naming else Backbones(visual, *conse_with(visual), how=how)
 
-# %% ../nbs/90c_embed.ipynb #68ed8aa4
+# %% ../nbs/90c_embed.ipynb #ea813478
 class Source(NamedTuple):
     "What to compute for each image, `kind` (`embedding` or `top10`), with which encoder, and where it is kept."
     encoder: object
@@ -110,6 +114,7 @@ def sources(models: Backbones, cache: Path) -> dict:
     visual = make(models.visual, "embedding")
     return dict(visual=visual, labels=visual if models.labels is models.visual and kind == "embedding" else make(models.labels, kind))
 
+# %% ../nbs/90c_embed.ipynb #e60e66e6
 @torch.no_grad()
 def outputs(
     encoder,          # A `zoo.Encoder`
@@ -125,7 +130,7 @@ def outputs(
     out = dict(embedding=encoder.embed(x, batch_size=len(x)).numpy()) if "embedding" in kinds else {}
     return out | (dict(top10=pack_top(encoder.classify(x).numpy())) if "top10" in kinds else {})
 
-# %% ../nbs/90c_embed.ipynb #5eca8bc0
+# %% ../nbs/90c_embed.ipynb #3b6fe896
 def ahead(pool, f, items, n: int):
     "`map(f, items)` in order, with at most `n` items under way in `pool`."
     items = iter(items); todo = deque(pool.submit(f, o) for o in islice(items, n))
@@ -134,6 +139,7 @@ def ahead(pool, f, items, n: int):
         todo.extend(pool.submit(f, o) for o in islice(items, 1))
         yield done
 
+# %% ../nbs/90c_embed.ipynb #72269d37
 def prepare(item, encoders) -> tuple:
     "Read one `(key, path)` -> key, a tensor (3, h, w) for each encoder, and `None`; or the error instead of tensors."
     key, path = item
@@ -142,7 +148,7 @@ def prepare(item, encoders) -> tuple:
         return key, [e.preprocess(im) for e in encoders], None
     except (OSError, ValueError) as e: return key, None, getattr(e, "reason", None) or str(e)
 
-# %% ../nbs/90c_embed.ipynb #2a427584
+# %% ../nbs/90c_embed.ipynb #7211a3ac
 CPU_CHUNK = 4  # images of one forward pass on a CPU
 
 def embed_chunk(
@@ -160,7 +166,7 @@ def embed_chunk(
         with turn: out[id(enc)] = outputs(enc, {s.kind for s in sources if s.encoder is enc}, x)
     return [k for k, _ in good], [out[id(s.encoder)][s.kind] for s in sources], errors
 
-# %% ../nbs/90c_embed.ipynb #47feaff4
+# %% ../nbs/90c_embed.ipynb #9cb1d558
 def hash_files(paths: list[Path]) -> tuple[list[str | None], dict]:
     "The content hash of each file, `None` where it cannot be read, and the errors by path."
     keys, errors = [], {}
@@ -169,6 +175,7 @@ def hash_files(paths: list[Path]) -> tuple[list[str | None], dict]:
         except OSError as e: keys.append(None); errors[p] = e.strerror or str(e)
     return keys, errors
 
+# %% ../nbs/90c_embed.ipynb #25f4f1c2
 def embed_missing(
     todo: dict,             # key -> a file with that content
     sources: list[Source],  # What to compute, and where to keep it

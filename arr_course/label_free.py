@@ -50,6 +50,7 @@ def yardstick(embeddings: np.ndarray, near: float = 0.9, far: float = 0.5) -> Ya
     if len(embeddings) < MIN_IMAGES: return Yardstick(None, None)
     return Yardstick(*np.quantile(background(embeddings), (near, far)).tolist())
 
+# %% ../nbs/90_label_free.ipynb #f7b36d23
 def far_pairs(
     x: np.ndarray,          # (n, e) unit rows
     members: np.ndarray,    # Numbers of the images that share a label, all sure
@@ -67,7 +68,7 @@ def far_pairs(
     keep = a < b if rim is core else np.ones(len(a), bool)
     return np.stack([np.minimum(a, b)[keep], np.maximum(a, b)[keep]], 1), s[keep]
 
-# %% ../nbs/90_label_free.ipynb #2be0abe4
+# %% ../nbs/90_label_free.ipynb #919fa5c7
 class Pair(NamedTuple):
     "One disagreement: images a and b, their cosine, and whether the vectors hold them `together` or `apart`."
     a: int
@@ -95,7 +96,7 @@ def disagreements(
     gap = lambda p: p.similarity - yard.near if p.visual == "together" else yard.far - p.similarity
     return sorted(found, key=lambda p: (bool(unsure[p.a] or unsure[p.b]), -gap(p), p.a, p.b))
 
-# %% ../nbs/90_label_free.ipynb #f0ebf698
+# %% ../nbs/90_label_free.ipynb #aff35ebf
 @dataclass
 class Result:
     "What `run` found: per image, what was skipped, which backbones, where they disagree; and how many images were new to the cache."
@@ -123,13 +124,14 @@ class Result:
         return (f"Result({len(self.images)} images, {sum(i['unsure'] for i in self.images)} unsure, {len(self.skipped)} skipped, "
                 f"{len(self.disagreements)} disagreements; {self.embedded} embedded, {self.cached} from the cache)")
 
+# %% ../nbs/90_label_free.ipynb #55857c35
 def group_numbers(n: int, pairs: np.ndarray) -> list[int | None]:
     "The visual group of each of n images under mutual pairs (m, 2): 1 for the largest, `None` for an image on its own."
     root = components(n, pairs).tolist(); size = Counter(root)
     rank = {r: i for i, r in enumerate(sorted((r for r in size if size[r] > 1), key=lambda r: (-size[r], r)), 1)}
     return [rank.get(r) for r in root]
 
-# %% ../nbs/90_label_free.ipynb #8cbf227b
+# %% ../nbs/90_label_free.ipynb #8f45ee5b
 def _describe(pair, names, labels, j, unsure, group):
     "One entry of `Result.disagreements`."
     a, b = pair.a, pair.b
@@ -159,7 +161,7 @@ def compare(
                  disagreements=f"{len(found)} found, {min(len(found), most)} listed", unsure=f"below {scores.unsure_below:g}")
     return images, [_describe(p, names, labels, j, unsure, group) for p in found[:most]], facts
 
-# %% ../nbs/90_label_free.ipynb #c991f645
+# %% ../nbs/90_label_free.ipynb #2184fab9
 def run(
     folder,                    # A folder of images; subfolders too
     labels: str | list[str],   # `"a dog, a cat"`, or a list

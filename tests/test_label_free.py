@@ -57,7 +57,7 @@ def coloured(folder, n, size=40):
     return folder
 
 
-# ---- the models of the hub -------------------------------------------------------------------------------------------------------
+# ---- the models of the hub -------------------------------------------------------------------------------
 
 
 def test_dinov2_sees_and_clip_names(hub, photos, tmp_path):
@@ -121,7 +121,7 @@ def test_a_lone_vision_model_is_named_by_conse(hub, photos, tmp_path):
     assert {i["path"]: i["label"] for i in r.images}["cat.png"] == "a cat"
 
 
-# ---- auto ------------------------------------------------------------------------------------------------------------------------
+# ---- auto ------------------------------------------------------------------------------------------------
 
 
 def test_auto_takes_hub_models_that_are_there(hub, monkeypatch):
@@ -176,7 +176,7 @@ def test_offline_says_so():
         assert "packaged" in b.how
 
 
-# ---- the cache -------------------------------------------------------------------------------------------------------------------
+# ---- the cache -------------------------------------------------------------------------------------------
 
 
 def test_only_new_content_is_embedded(packaged, tmp_path):
@@ -209,7 +209,10 @@ def test_damaged_shards_are_made_again(packaged, tmp_path):
 
 
 def test_kill_loses_nothing_that_was_stored(packaged, photos, tmp_path):
-    code = "import sys; from arr_course.label_free import run; run(*sys.argv[1:3], 'packaged', cache=sys.argv[3], batch_size=1, progress=False)"
+    code = (
+        "import sys; from arr_course.label_free import run; "
+        "run(*sys.argv[1:3], 'packaged', cache=sys.argv[3], batch_size=1, progress=False)"
+    )
     child = subprocess.Popen([sys.executable, "-c", code, str(photos), "a cat", str(tmp_path)], cwd=ROOT)
     while child.poll() is None and len(list(tmp_path.glob("*/*.safetensors"))) < 9:
         time.sleep(0.005)
@@ -291,7 +294,7 @@ def test_small_folders(packaged, tmp_path, n):
     assert sorted(r.to_dict()) == ["backbones", "disagreements", "images", "skipped"]
 
 
-# ---- size ------------------------------------------------------------------------------------------------------------------------
+# ---- size ------------------------------------------------------------------------------------------------
 
 
 class Peak:
@@ -357,7 +360,7 @@ def test_embedding_does_not_depend_on_the_batch(packaged, photos, tmp_path):
     assert np.allclose(out[0], out[1], atol=1e-4) and np.allclose(out[0], out[2], atol=1e-4)
 
 
-# ---- what the lab stores ---------------------------------------------------------------------------------------------------------
+# ---- what the lab stores ---------------------------------------------------------------------------------
 
 
 def test_the_lab_still_finds_what_it_stored(packaged, photos, tmp_path):
