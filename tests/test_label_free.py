@@ -227,7 +227,8 @@ def test_kill_loses_nothing_that_was_stored(packaged, photos, tmp_path):
 def test_two_runs_at_once(photos, tmp_path):
     "Two real processes on one folder and one cache: both finish, and a third finds everything done."
     code = (
-        "import sys; from arr_course.label_free import run; print(run(*sys.argv[1:3], 'packaged', cache=sys.argv[3], batch_size=2, "
+        "import sys; from arr_course.label_free import run; "
+        "print(run(*sys.argv[1:3], 'packaged', cache=sys.argv[3], batch_size=2, "
         "progress=False).embedded)"
     )
     start = lambda: subprocess.Popen(
