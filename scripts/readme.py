@@ -24,6 +24,7 @@ def parts(cell):
         if code and not re.search(r"^#\|\s*echo: false", src, re.M): yield f"```python\n{code}\n```"
         for out in cell["outputs"]:
             data = out.get("data", {})
+            if any(kind.startswith("image/") for kind in data): continue  # the site shows figures, the README stays text
             text = "".join(data.get("text/markdown") or out.get("text") or data.get("text/plain") or []).rstrip()
             if text: yield text if "text/markdown" in data else "\n".join("    " + line for line in text.splitlines())
 
