@@ -36,9 +36,11 @@ def pages():
 
 
 def needed(cell, do_eval=nbdev.processors._do_eval):
-    "Execute exported cells and bare imports alone (all that show_doc needs); nbdev would run each cell that has an import."
+    "Execute exported cells, bare imports and show_doc alone; nbdev would run each cell that has an import somewhere."
     if cell.cell_type == "code" and not {"export", "exports", "exporti"} & set(cell.directives_):
-        if not all(isinstance(o, ast.Import | ast.ImportFrom) for o in cell.parsed_() or [None]): return False
+        trees = cell.parsed_() or []
+        imports = trees and all(isinstance(o, ast.Import | ast.ImportFrom) for o in trees)
+        if not imports and not nbdev.processors._show_docs(trees): return False
     return do_eval(cell)
 
 
@@ -104,6 +106,15 @@ def broken_links(site):
     return bad
 
 
+def settle(site):
+    "A backtick link to a method, or to a private name, that has no anchor of its own leads to its class, or to its page."
+    for page, href in broken_links(site):
+        to = re.sub(r"(#\w+)\.\w+$|#_\w+$", lambda m: m[1] or "", href)
+        if to == href: continue
+        p = Path(site) / page
+        p.write_text(p.read_text(encoding="utf-8").replace(f'href="{href}"', f'href="{to}"'), encoding="utf-8")
+
+
 def run(*cmd):
     env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     subprocess.run(cmd, check=True, env=env)
@@ -118,6 +129,7 @@ def main():
     shutil.rmtree("_docs", ignore_errors=True)
     shutil.move("_proc/_docs", "_docs")
     offline(Path("_docs"))
+    settle(Path("_docs"))
     if not Path("_docs/index.html").exists():
         Path("_docs/index.html").write_text(REDIRECT.format("nbs/index.html", "ARR course"), encoding="utf-8")
     if bad := broken_links("_docs"): sys.exit("broken links:\n" + "\n".join(f"  {page}: {href}" for page, href in bad))

@@ -120,9 +120,10 @@ def test_narrow(visit, path):
 
 def test_search_finds_patch_embed(visit):
     page = visit("nbs/index.html", viewport={"width": 1200, "height": 900})
-    page.locator("#quarto-search input, #quarto-search button, .aa-DetachedSearchButton").first.click()
+    page.locator("#quarto-search input, .smalldocs-search input").first.click()
     page.keyboard.type("PatchEmbed", delay=20)
-    page.wait_for_selector("a[href*='02_vit']:visible", timeout=5000)
-    assert any("02_vit" in (a or "") for a in page.eval_on_selector_all(
-        "#quarto-search-results a, .aa-Panel a, .aa-List a, [class*=search] a", "els => els.map(e => e.getAttribute('href'))"))
+    found = page.locator("a[href*='02_vit']:visible", has_text="PatchEmbed")
+    found.first.wait_for(timeout=5000)
+    found.first.click()
+    page.wait_for_url("**/02_vit*")
     assert page.problems == []
