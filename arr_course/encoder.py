@@ -151,9 +151,13 @@ def attention_received(
 @contextmanager
 def _watch(model, on):
     "Collect the last block's attention weights while a timm transformer runs, with its fused kernel switched off."
-    grabbed, attn = [], getattr(getattr(model, "blocks", [None])[-1], "attn", None) if on else None
-    if attn is None or not hasattr(attn, "attn_drop"): yield grabbed; return
+    grabbed, blocks = [], getattr(model, "blocks", [None])
+    attn = getattr(blocks[-1], "attn", None)
+    if not on or not hasattr(attn, "attn_drop"):                            # not asked for, or a network without attention
+        yield grabbed
+        return
     fused, attn.fused_attn = attn.fused_attn, False
+    # dropout comes right after the softmax, so what enters it are the weights
     hook = attn.attn_drop.register_forward_pre_hook(lambda m, args: grabbed.append(args[0]))
     try: yield grabbed
     finally:
@@ -183,7 +187,7 @@ def timm_features(
         if h.shape[1] != model.num_features: h = h.permute(0, 3, 1, 2)      # Swin keeps its channels last
         return map_features(h, pooled.flatten(1), mids, saliency)
     prefix = getattr(model, "num_prefix_tokens", 0)
-    has_cls = prefix > getattr(model, "num_reg_tokens", 0)
+    has_cls = getattr(model, "cls_token", None) is not None                 # a prefix may be registers alone
     grid = model.patch_embed.dynamic_feat_size(x.shape[-2:])
     return Features(h[:, prefix:], tuple(grid), cls=h[:, 0] if has_cls else None, layers=mids, pooled=pooled,
                     saliency=attention_received(attn[0], prefix, has_cls) if attn else None)

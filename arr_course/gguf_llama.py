@@ -44,6 +44,7 @@ LAYOUTS = {0: Layout("F32", 1, 4, _f32), 1: Layout("F16", 1, 2, _f16), 2: Layout
 class GGUFError(ValueError):
     "A file that is not GGUF, is cut short, or uses a layout that this reader does not know."
 
+# GGUF's number for a type -> the letter by which `struct` reads it (B: one byte, I: four, Q: eight, f: float, d: double)
 _TYPES = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 
 class Cursor:
@@ -170,7 +171,8 @@ def llama_tokenizer(meta: dict):
 def intact(folder: Path) -> bool:
     "Does every file of the folder's manifest exist and hash to what was recorded?"
     try: manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError): return False
+    except (FileNotFoundError, ValueError): return False         # no manifest, or one that is not JSON
+    if not isinstance(manifest, dict) or not manifest: return False
     return all((folder / k).is_file() and sha256(folder / k) == v for k, v in manifest.items())
 
 def cached_folder(folder: str | os.PathLike, fill) -> Path:

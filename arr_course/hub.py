@@ -52,14 +52,15 @@ class OpenClipEncoder(Encoder):
         hooks = [v.transformer.register_forward_hook(lambda m, args, out: seen.append(out))]
         if saliency: hooks.append(_mha_weights(v.transformer.resblocks[-1].attn, attn))
         try: pooled = v(x)
-        finally: [h.remove() for h in hooks]
+        finally:
+            for hook in hooks: hook.remove()
         h = seen[0] if v.final_ln_after_pool else v.ln_post(seen[0])         # (b, 1 + n, d)
         received = attention_received(attn[0], 1, True) if attn else None
         return Features(h[:, 1:], tuple(v.grid_size), cls=h[:, 0], saliency=received, layers=mids, pooled=pooled)
 
     def _text(self, texts): return self.model.encode_text(self.tokenizer(texts).to(self.device))
 
-# %% ../nbs/04c_hub.ipynb #0c941735
+# %% ../nbs/04c_hub.ipynb #5367b49b
 @contextmanager
 def _eager(model, on):
     "Run transformers' attention in plain Python for a moment: its fused kernels do not return weights."
@@ -85,7 +86,7 @@ def hf_extras(accepts, size, p, x) -> tuple[torch.Tensor, dict]:
     other = size and tuple(x.shape[-2:]) != _pair(size) and "interpolate_pos_encoding" in accepts
     return x, dict(interpolate_pos_encoding=True) if other else {}
 
-# %% ../nbs/04c_hub.ipynb #dd532df7
+# %% ../nbs/04c_hub.ipynb #b7bdf190
 def hf_tokens(tokenizer, texts: list[str], length: int, objective: str) -> dict:
     "Token ids (and, for CLIP, their mask). SigLIP saw lower case, padded to the full length, and no mask."
     if objective == "softmax": t = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
@@ -94,7 +95,7 @@ def hf_tokens(tokenizer, texts: list[str], length: int, objective: str) -> dict:
         t = tokenizer(lower, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     return {k: v for k, v in t.items() if k == "input_ids" or k == "attention_mask" and objective == "softmax"}
 
-# %% ../nbs/04c_hub.ipynb #b11125b5
+# %% ../nbs/04c_hub.ipynb #d7e60573
 class HFEncoder(Encoder):
     "A transformers model: ViT, DINOv2 (with registers or without), DINOv3, CLIP, SigLIP, SigLIP 2."
     def __init__(self, name, model, preprocess, tokenizer=None, source="hub", device=None):
@@ -127,7 +128,7 @@ class HFEncoder(Encoder):
         ids = hf_tokens(self.tokenizer, texts, self.model.config.text_config.max_position_embeddings, self.objective)
         return self.model.get_text_features(**{k: v.to(self.device) for k, v in ids.items()}).pooler_output
 
-# %% ../nbs/04c_hub.ipynb #b63601b4
+# %% ../nbs/04c_hub.ipynb #e0f6dbd0
 class ModelNotFound(LookupError):
     "A model that cannot be loaded here: the message says why, and what can be."
 
@@ -143,8 +144,19 @@ def hub_online(timeout: float = 3.0) -> bool:
     except OSError: return False
     return True
 
-# %% ../nbs/04c_hub.ipynb #5e5f21e2
+# %% ../nbs/04c_hub.ipynb #bc15bb9d
 def _reason(e): return next(iter(str(e).strip().splitlines()), type(e).__name__).strip()
+
+def _explain(e: Exception, name: str, searched: bool, offline: bool) -> Exception:
+    "One clear error for whatever a library raised. `searched`: the hub or a folder was really looked into."
+    absent = isinstance(e, OSError) or "download" in str(e)                            # no such file or repository
+    refused = isinstance(e, ValueError) and not isinstance(e, json.JSONDecodeError)    # e.g. a type of model we do not know
+    if absent and not searched:
+        why = "HF_HUB_OFFLINE is set" if offline else "the model hub cannot be reached"
+        return ModelNotFound(f"{name}: {why}, and the hub's cache on this machine does not hold this model. "
+                             f"Load it once with a network{' and without that variable' * offline}")
+    if absent or refused: return ModelNotFound(f"{name}: {_reason(e)}")
+    return WeightsError(f"{name}: the weights cannot be read or do not fit: {_reason(e)}. Delete them and fetch them again")
 
 @contextmanager
 def hub(name: str, local: bool = False):
@@ -155,18 +167,12 @@ def hub(name: str, local: bool = False):
     logging.disable(logging.ERROR)               # open_clip logs a traceback for what becomes one line here
     try: yield
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError, pickle.UnpicklingError) as e:
-        if isinstance(e, (OSError, ValueError)) and not isinstance(e, json.JSONDecodeError) or "download" in str(e):
-            missing = isinstance(e, OSError) or "download" in str(e)
-            if online or local or not missing: raise ModelNotFound(f"{name}: {_reason(e)}") from e
-            why = "HF_HUB_OFFLINE is set" if before else "the model hub cannot be reached"
-            raise ModelNotFound(f"{name}: {why}, and its cache does not hold this model") from e
-        raise WeightsError(f"{name}: the weights cannot be read or do not fit: {_reason(e)}. "
-                           "Delete them and fetch them again") from e
+        raise _explain(e, name, online or local, before) from e
     finally:
         hf.HF_HUB_OFFLINE = before
         logging.disable(muted)
 
-# %% ../nbs/04c_hub.ipynb #69a340f9
+# %% ../nbs/04c_hub.ipynb #65d9a39a
 def _near(name, known): return "".join(f"; did you mean {o}?" for o in difflib.get_close_matches(name, known, 1))
 
 def load_timm(name: str, rest: str, device=None) -> Encoder:
@@ -177,7 +183,7 @@ def load_timm(name: str, rest: str, device=None) -> Encoder:
     with hub(name, local): model = timm.create_model(rest, pretrained=True)
     return TimmEncoder(name, model, device=device)
 
-# %% ../nbs/04c_hub.ipynb #a51454ac
+# %% ../nbs/04c_hub.ipynb #e6a056ce
 def load_open_clip(name: str, rest: str, device=None) -> Encoder:
     "`open_clip/ARCH:TAG`, where `TAG` names published weights or a local `.safetensors` file."
     oc = need("open_clip", "models")
@@ -188,13 +194,14 @@ def load_open_clip(name: str, rest: str, device=None) -> Encoder:
     elif not (tag and (Path(tag).is_file() or oc.pretrained.is_pretrained_cfg(arch, tag))):
         raise ModelNotFound(f"{name}: {tag!r} is neither a file nor weights of {arch}, which has "
                             f"{', '.join(oc.list_pretrained_tags_by_model(arch)) or 'none'}")
+    # OpenAI's CLIP was trained with a cheaper GELU, x * sigmoid(1.702 x): the tag knows, the architecture does not
     quick = oc.pretrained.get_pretrained_cfg(arch, tag).get("quick_gelu", False) if tag else False
     with hub(name, local=arch.startswith("local-dir") or bool(tag and Path(tag).is_file())):
         model = oc.create_model(arch, pretrained=tag, require_pretrained=True, force_quick_gelu=quick)
         tokenizer = oc.get_tokenizer(arch)
     return OpenClipEncoder(name, model, tokenizer, device=device)
 
-# %% ../nbs/04c_hub.ipynb #570d8549
+# %% ../nbs/04c_hub.ipynb #a8c37d9c
 HF_TYPES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit", "clip", "siglip", "siglip2")
 
 def load_hf(name: str, rest: str, device=None) -> Encoder:

