@@ -124,7 +124,6 @@ def main():
     os.chdir(root)
     proc()
     run("smalldocs", "api", "build", "--dir", "_proc")
-    for p in Path("_proc/api").glob("*exercises*"): p.unlink()  # checkers of exercises: the solutions show them
     run(shutil.which("quarto") or "smalldocs", "render", "_proc")
     shutil.rmtree("_docs", ignore_errors=True)
     shutil.move("_proc/_docs", "_docs")
