@@ -84,7 +84,7 @@ def parts(
     keep = [i for i in range(1, n + 1) if sizes[i] >= least * pixels.size]
     return [found == i for i in sorted(keep, key=lambda i: -sizes[i])]
 
-# %% ../nbs/91_masks.ipynb #271026fa
+# %% ../nbs/91_masks.ipynb #20c38333
 def affinity(
     x: np.ndarray,          # (n, d) patch vectors
     tau: float = 0.2,       # Cosine from which two patches agree (TokenCut's value)
@@ -94,7 +94,7 @@ def affinity(
     z = unit(np.asarray(x, np.float64))
     return np.where(z @ z.T >= tau, 1.0, eps)
 
-# %% ../nbs/91_masks.ipynb #8964b812
+# %% ../nbs/91_masks.ipynb #3e43560d
 def second_vector(w: np.ndarray) -> tuple[float, np.ndarray]:
     "The second smallest `lambda` and its `y (n,)` in (D - W) y = lambda D y; norm 1, its largest entry positive."
     d = w.sum(1); s = 1 / np.sqrt(d)
@@ -103,7 +103,7 @@ def second_vector(w: np.ndarray) -> tuple[float, np.ndarray]:
     y = vec[:, 0] * s                                            # back to y
     return float(val[0]), y / np.linalg.norm(y) * np.sign(y[np.abs(y).argmax()])
 
-# %% ../nbs/91_masks.ipynb #feb3454d
+# %% ../nbs/91_masks.ipynb #77ce68c8
 def tokencut(
     x: np.ndarray,           # (n, d) patch vectors
     grid: tuple[int, int],   # (gh, gw), n = gh * gw
@@ -114,7 +114,7 @@ def tokencut(
     found, _ = need("scipy.ndimage", "models").label((y > y.mean()).reshape(grid))
     return found == found.flat[y.argmax()], y.reshape(grid)
 
-# %% ../nbs/91_masks.ipynb #a5c08446
+# %% ../nbs/91_masks.ipynb #2aebb343
 def grid_features(
     image: Image.Image,          # Any size
     encoder,                     # An `Encoder` of the zoo
@@ -128,13 +128,13 @@ def grid_features(
     if scale is not None: f = encoder.encode(replace(native, size=tuple(scale * s for s in native.size))(image)[None])
     return f.patches[0].float().cpu().numpy(), tuple(f.grid)
 
-# %% ../nbs/91_masks.ipynb #bc054803
+# %% ../nbs/91_masks.ipynb #1dce621b
 def colours(n: int) -> np.ndarray:
     "`n` distinct colours, `(n, 3)` uint8: hues a golden angle apart, two brightnesses in turn."
     rgb = [colorsys.hsv_to_rgb((0.52 + i * 0.618034) % 1, 0.75, (1.0, 0.8)[i % 2]) for i in range(n)]
     return (np.array(rgb).reshape(n, 3) * 255).round().astype(np.uint8)
 
-# %% ../nbs/91_masks.ipynb #fb2d4fe1
+# %% ../nbs/91_masks.ipynb #e84c3090
 def overlay(
     image: Image.Image,      # The photograph
     masks,                   # `Mask`s, or (h, w) boolean arrays; later ones lie on top
@@ -150,7 +150,7 @@ def overlay(
         out[m & ~inner] = 255
     return Image.fromarray(out.round().astype(np.uint8))
 
-# %% ../nbs/91_masks.ipynb #68897ad2
+# %% ../nbs/91_masks.ipynb #e043dadd
 def auto_masks(
     image: Image.Image,      # The photograph
     encoder,                 # An `Encoder` of the zoo
@@ -170,7 +170,7 @@ def auto_masks(
         out += [Mask(p, float(s[labels == j].mean())) for p in found]
     return sorted(out, key=lambda m: -m.area)
 
-# %% ../nbs/91_masks.ipynb #495395e0
+# %% ../nbs/91_masks.ipynb #1a4248bb
 def foreground(
     image: Image.Image,      # The photograph
     encoder,                 # An `Encoder` of the zoo
@@ -184,24 +184,25 @@ def foreground(
     gap = z[f].mean(0) @ z[f].mean(0) - z[f].mean(0) @ z[~f].mean(0) if 0 < f.sum() < len(f) else 0.0
     return Mask(to_pixels(front.astype(int), image.size[::-1]) == 1, float(gap))
 
-# %% ../nbs/91_masks.ipynb #0b559620
+# %% ../nbs/91_masks.ipynb #f57b41e2
 def iou(a: np.ndarray, b: np.ndarray) -> float:
     "Intersection over union of two boolean masks of one shape; 1 if both are empty."
     if a.shape != b.shape: raise ValueError(f"masks of different shapes: {a.shape} and {b.shape}")
     union = (a | b).sum()
     return float((a & b).sum() / union) if union else 1.0
 
-# %% ../nbs/91_masks.ipynb #a9d433ae
+# %% ../nbs/91_masks.ipynb #d30c57f3
 def load_sam(model: str = "facebook/sam-vit-base", device=-1):
     "transformers' mask-generation pipeline for a hub name or a local folder; `ModelNotFound` says what to do without."
-    try: return need("transformers", "models").pipeline("mask-generation", model=str(model), device=device, model_kwargs=dict(use_safetensors=True))
+    pipeline = need("transformers", "models").pipeline
+    try: return pipeline("mask-generation", model=str(model), device=device, model_kwargs=dict(use_safetensors=True))
     except (OSError, ValueError) as e:     # no such name or folder; a folder without SAM weights
         raise ModelNotFound(
             f"{model}: no Segment Anything model here ({str(e).strip().splitlines()[0]}). Either run once with a network and "
             "without HF_HUB_OFFLINE, so that it is cached, or give a local folder with config.json, model.safetensors and "
             "processor_config.json; `auto_masks` and `foreground` need no such weights.") from e
 
-# %% ../nbs/91_masks.ipynb #d30c57f3
+# %% ../nbs/91_masks.ipynb #364af6b8
 def sam_masks(
     image: Image.Image,                      # The photograph
     model="facebook/sam-vit-base",           # A hub name, a local folder, or what `load_sam` returned

@@ -40,7 +40,8 @@ def percent(x) -> str:
 # %% ../nbs/92_report.ipynb #07fdd0cd
 def caption(r: dict, rows: int) -> str:
     "What the table does not show: which models looked and why, further images, skipped files, disagreements."
-    more = [f"{len(r['images']) - rows} more images are not shown"] if len(r["images"]) > rows else []
+    hidden = len(r["images"]) - rows
+    more = [f"{hidden} more {'image is' if hidden == 1 else 'images are'} not shown"] if hidden > 0 else []
     who = "\n".join(f"{key}: {r['backbones'][key]}" for key in ("visual", "labels", "how") if r["backbones"].get(key))
     return who + "\n" * bool(who) + "; ".join([*more, f"skipped: {len(r['skipped'])}", f"disagreements: {len(r['disagreements'])}"])
 
@@ -69,7 +70,7 @@ def save_json(result, path) -> Path:
 # %% ../nbs/92_report.ipynb #3ab70317
 def csv_rows(result) -> list[dict]:
     "One flat dict an image: path, label, confidence, unsure, neighbour_1, similarity_1, ... ; a path cannot be a formula."
-    safe, rows = lambda p: f"./{p}" if str(p)[:1] in tuple("=+-@") else p, []
+    safe, rows = lambda p: f"./{p}" if str(p)[:1] in tuple("=+-@\t\r") else p, []
     for im in as_dict(result)["images"]:
         row = dict(path=safe(im["path"]), label=im["label"], confidence=im["confidence"], unsure=im["unsure"])
         for j, n in enumerate(im["neighbours"], 1): row |= {f"neighbour_{j}": safe(n["path"]), f"similarity_{j}": n["similarity"]}
