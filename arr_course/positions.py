@@ -58,15 +58,20 @@ class Factorised(nn.Module):
         self.rows, self.cols = (nn.Parameter(nn.init.trunc_normal_(torch.empty(s, dim), std=0.02)) for s in grid)
 
     def forward(self, grid):
-        rows, cols = (p if len(p) == s else F.interpolate(p.T[None], size=s, mode="linear")[0].T
-                      for p, s in zip((self.rows, self.cols), grid, strict=True))
+        rows, cols = self.stretch(self.rows, grid[0]), self.stretch(self.cols, grid[1])
         return (rows[:, None] + cols).flatten(0, 1)[None]                        # (h, w, d) -> (1, h*w, d)
+
+    @staticmethod
+    def stretch(table, size):
+        "One axis' table `(t, d)` at `size` places, by linear interpolation."
+        if len(table) == size: return table
+        return F.interpolate(table.T[None], size=size, mode="linear")[0].T       # over (1, d, t)
 
 # %% ../nbs/02a_positions.ipynb #29befdb2
 def sincos_2d(
     grid: tuple[int, int],         # Rows and columns of patches
     dim: int,                      # Width of the embedding, a multiple of 4
-    temperature: float = 10000.0,  # The longest wavelength is `2 * pi * temperature`
+    temperature: float = 10000.0,  # Wavelengths go from `2 * pi` up towards `2 * pi * temperature`
 ) -> torch.Tensor:
     "Fixed 2-D sin-cos positions, `(h*w, dim)`: sines, then cosines, of the rows, then of the columns."
     if dim % 4: raise ValueError(f"sin-cos positions need a width that is a multiple of 4, not {dim}; try {dim + -dim % 4}")

@@ -199,7 +199,8 @@ class Trunk(Tokens):
         super().__init__(cfg)
         d, norm = cfg.embed_dim, cfg.norm_layer
         self.blocks = nn.ModuleList(cfg.block(cfg.drop_path * i / max(cfg.depth - 1, 1)) for i in range(cfg.depth))
-        self.norm, self.fc_norm = (norm(d), nn.Identity())[::-1 if cfg.fc_norm else 1]
+        self.norm = nn.Identity() if cfg.fc_norm else norm(d)                               # before pooling
+        self.fc_norm = norm(d) if cfg.fc_norm else nn.Identity()                            # or after it
         self.attn_pool = AttentionPool(d, cfg.num_heads, cfg.mlp_dim, cfg.mlp, norm) if cfg.global_pool == "map" else None
         self.head = nn.Linear(d, cfg.num_classes) if cfg.num_classes else nn.Identity()
         self.apply(init_weights)
@@ -213,16 +214,21 @@ class Trunk(Tokens):
     def pool(self, tokens):
         "One vector for each image, `(b, d)`: CLS, the mean of the patches, or attention pooling."
         kind, patches = self.cfg.global_pool, tokens[:, self.cfg.prefix:]
-        return self.fc_norm(tokens[:, 0] if kind == "token" else patches.mean(1) if kind == "avg" else self.attn_pool(patches))
+        if kind == "token": return self.fc_norm(tokens[:, 0])
+        if kind == "avg": return self.fc_norm(patches.mean(1))
+        return self.fc_norm(self.attn_pool(patches))
 
     def forward(self, x): return self.head(self.pool(self.forward_tokens(x)))
 
 # %% ../nbs/02_vit.ipynb #8397626c
 def init_weights(m: nn.Module) -> None:
     "Truncated normal with deviation 0.02, zero biases. Registers must differ from each other, or they stay equal for ever."
-    weights = (m.cls_token, m.reg_token) if isinstance(m, Tokens) else (m.weight,) if isinstance(m, nn.Linear | nn.Conv2d) else ()
-    for p in weights: _ = p is None or nn.init.trunc_normal_(p, std=0.02)
-    if isinstance(m, nn.Linear | nn.Conv2d) and m.bias is not None: nn.init.zeros_(m.bias)
+    if isinstance(m, Tokens):
+        for p in (m.cls_token, m.reg_token):
+            if p is not None: nn.init.trunc_normal_(p, std=0.02)
+    elif isinstance(m, nn.Linear | nn.Conv2d):
+        nn.init.trunc_normal_(m.weight, std=0.02)
+        if m.bias is not None: nn.init.zeros_(m.bias)
 
 # %% ../nbs/02_vit.ipynb #2c553698
 class ViT(Trunk):
