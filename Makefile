@@ -2,8 +2,6 @@ PY    ?= python3
 VENV  ?= .venv
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# threads of one process; the tests run two processes
-export OMP_NUM_THREADS ?= 2
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 .PHONY: help lab test docs readme coordinates hooks export clean refresh jupyter prepare benchmarks doctor

@@ -11,7 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("PYTHONWARNINGS", "ignore:IProgress not found")  # tqdm misses ipywidgets, which nothing here needs
 os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
-for o in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"): os.environ.setdefault(o, "1")
+# two workers on two cores; and one thread sums in one order, so that printed numbers repeat
+for o in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"): os.environ[o] = "1"
 
 _cfg = ConfigParser(delimiters=["="])
 _cfg.read(Path(__file__).with_name("settings.ini"), encoding="utf-8")

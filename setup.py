@@ -33,7 +33,7 @@ setuptools.setup(
     keywords=cfg["keywords"].split(),
     python_requires=">=" + cfg["min_python"],
     packages=setuptools.find_packages(include=["arr_course", "arr_course.*"]),
-    package_data={"arr_course": ["weights/*.safetensors", "weights/*.json", "py.typed"]},
+    package_data={"arr_course": ["weights/*.safetensors", "weights/*.json"]},
     include_package_data=False,
     install_requires=lines("requirements"),
     extras_require=extras,
