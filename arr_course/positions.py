@@ -33,7 +33,8 @@ def resample(
 ) -> torch.Tensor:
     "Learned positions on another grid, by image interpolation in float32: `(1, prefix + h'*w', d)`."
     if pos.shape[1] != prefix + old[0] * old[1]:
-        raise ValueError(f"{pos.shape[1]} position embeddings do not fit {prefix} prefix tokens and a {old[0]}x{old[1]} grid")
+        raise ValueError(f"{pos.shape[1]} position embeddings do not fit {prefix} prefix tokens and a {old[0]}x{old[1]} grid: "
+                         "pass the grid they were learned on as `old`, and the number of CLS and register entries as `prefix`")
     if tuple(old) == tuple(new): return pos
     image = pos[:, prefix:].float().unflatten(1, tuple(old)).permute(0, 3, 1, 2)          # (1, d, h, w)
     image = F.interpolate(image, size=tuple(new), mode=mode, antialias=antialias, align_corners=False)

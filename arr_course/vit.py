@@ -155,10 +155,10 @@ def check_config(cfg: ViTConfig) -> None:
         if (v := getattr(cfg, name)) not in allowed: raise ValueError(f"{name}={v!r} is not one of {', '.join(map(repr, allowed))}")
     d, heads = cfg.embed_dim, cfg.num_heads
     if d % heads: raise ValueError(f"embed_dim {d} cannot be split over {heads} heads: {d % heads} left over; change one of them")
-    if cfg.rope and cfg.head_dim % 4: raise ValueError(f"2-D RoPE needs a head width that is a multiple of 4, not {cfg.head_dim}")
+    if cfg.rope and cfg.head_dim % 4: raise ValueError(f"2-D RoPE needs a head width that is a multiple of 4, not {cfg.head_dim}: change num_heads")
     if cfg.global_pool == "token" and not cfg.class_token:
         raise ValueError('global_pool="token" needs class_token=True; use "avg" or "map"')
-    if min(cfg.grid) < 1: raise ValueError(f"an image of {cfg.size} pixels holds no whole {cfg.patch_size}-pixel patch")
+    if min(cfg.grid) < 1: raise ValueError(f"an image of {cfg.size} pixels holds no whole {cfg.patch_size}-pixel patch: raise img_size or lower patch_size")
 
 # %% ../nbs/02_vit.ipynb #e00da5ec
 class Tokens(nn.Module):
@@ -277,6 +277,7 @@ def attention_distance(
 ) -> torch.Tensor:
     "Mean distance that each head looks, `(heads,)`, averaged over queries and images (arXiv:2010.11929, Fig. 7)."
     if attn.shape[-1] != prefix + math.prod(grid):
-        raise ValueError(f"attention over {attn.shape[-1]} tokens does not fit {prefix} prefix tokens and a {grid[0]}x{grid[1]} grid")
+        raise ValueError(f"attention over {attn.shape[-1]} tokens does not fit {prefix} prefix tokens and a {grid[0]}x{grid[1]} grid: "
+                         "pass the model's `grid`, and its CLS and registers as `prefix`")
     xy, attn = grid_coords(grid).to(attn) * patch_size, attn[..., prefix:, prefix:]
     return (attn / attn.sum(-1, keepdim=True) * torch.cdist(xy, xy)).sum(-1).mean((0, 2))
