@@ -180,7 +180,7 @@ def embed_missing(
     todo: dict,             # key -> a file with that content
     sources: list[Source],  # What to compute, and where to keep it
     batch_size: int = 32,   # Images that are stored together, and on a GPU computed together
-    progress: bool = True,  # Show a bar (also silenced by `TQDM_DISABLE`)
+    progress: bool = True,  # Show a bar where there is work (also silenced by `TQDM_DISABLE`)
 ) -> dict:
     "Compute and store what the stores lack. Returns the errors by key; what is on the disk outlives a kill."
     encoders, errors, items = {id(s.encoder): s.encoder for s in sources}.values(), {}, iter(todo.items())
@@ -188,7 +188,7 @@ def embed_missing(
     turn = nullcontext() if cpu and all(hasattr(e.model, "get_classifier") for e in encoders) else threading.Lock()
     size = min(CPU_CHUNK, batch_size) if cpu else batch_size
     chunks = iter(lambda: list(islice(items, size)), [])
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(todo), desc="embed", unit="image", disable=not progress) as bar:
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(todo), desc="embed", unit="image", disable=not (progress and todo)) as bar:
         ready = ahead(pool, lambda c: embed_chunk(c, sources, turn), chunks, 2 * max(workers, batch_size // size))
         while done := list(islice(ready, batch_size // size)):
             keys = [k for d in done for k in d[0]]

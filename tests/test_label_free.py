@@ -168,12 +168,11 @@ def test_auto_decides_quickly_behind_a_hub_that_never_answers(monkeypatch, tmp_p
     assert float(out[0]) < 2.5 and out[1] == "False" and "dinov2" not in out[2]
 
 
-def test_offline_says_so():
-    if os.environ.get("HF_HUB_OFFLINE") != "1":
-        pytest.skip("the hub may answer here")
+def test_auto_without_a_hub_says_so(monkeypatch):
+    monkeypatch.setattr(embed, "hub_candidates", lambda: (dict(visual=[], labels=[]), False))
     b = choose("auto")
-    if b.visual.source == "package":
-        assert "packaged" in b.how
+    assert (b.visual.name, b.scoring) == (embed.PACKAGED[0], "conse")
+    assert "packaged" in b.how and "does not answer" in b.how
 
 
 # ---- the cache -------------------------------------------------------------------------------------------
@@ -192,10 +191,30 @@ def test_only_new_content_is_embedded(packaged, tmp_path):
     assert run(album, "a cat", packaged, cache=False, **quiet).embedded == 6, "without a cache everything is new"
 
 
+def test_the_class_names_are_read_once(packaged, tmp_path, monkeypatch):
+    album, asked, real = coloured(tmp_path / "a", 5), [], packaged.text.encode
+    monkeypatch.setattr(packaged.text, "encode", lambda texts: asked.append(len(texts)) or real(texts))
+    first = run(album, "a cat, a red wall", packaged, cache=tmp_path / "c", **quiet)
+    assert asked == [998, 2]  # a thousand classes; "crane" and "maillot" name two each
+    again = run(album, "a cat, a red wall", packaged, cache=tmp_path / "c", **quiet)
+    assert asked == [998, 2, 2], "only the labels are read a second time"
+    assert again.to_dict() == first.to_dict()
+
+
+def test_a_bar_only_where_there_is_work(packaged, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    album = coloured(tmp_path / "a", 2)
+    run(album, "a cat", packaged, cache=tmp_path / "c")
+    assert "2/2" in capsys.readouterr().err
+    run(album, "a cat", packaged, cache=tmp_path / "c")
+    run(coloured(tmp_path / "none", 0), "a cat", packaged, cache=tmp_path / "c")
+    assert capsys.readouterr().err == ""
+
+
 def test_damaged_shards_are_made_again(packaged, tmp_path):
     album = coloured(tmp_path / "a", 6)
     first = run(album, "a cat", packaged, cache=tmp_path / "c", batch_size=2, **quiet)
-    shards = sorted((tmp_path / "c").glob("*/*.safetensors"))
+    shards = sorted((tmp_path / "c").glob("embedding-*/*.safetensors")) + sorted((tmp_path / "c").glob("top10-*/*"))
     assert len(shards) == 6
     shards[0].write_bytes(b"")
     data = bytearray(shards[-1].read_bytes())
@@ -282,6 +301,22 @@ def test_bad_files_never_stop_a_run(packaged, tmp_path):
     ]
     assert all(s["error"] and str(tmp_path) not in s["error"] for s in r.skipped)
     json.dumps(r.to_dict(), allow_nan=False)
+
+
+def test_links_copies_and_odd_names(packaged, tmp_path):
+    "A loop of links ends, a copy is its original's nearest neighbour, and any name comes back as it was."
+    album = coloured(tmp_path / "a", 3)
+    odd = ["Кошка 🐈.png", "with, comma and 'quotes'.png", "ä" * 110 + ".png"]
+    for i, name in enumerate(odd):
+        shutil.copy(album / f"00{i}.png", album / name)
+    (album / "loop").symlink_to(album, target_is_directory=True)
+    r = run(album, ["ein Kätzchen 🐈", "красный цвет"], packaged, k=50, cache=tmp_path / "c", **quiet)
+    near = {i["path"]: i["neighbours"] for i in r.images}
+    assert set(odd) <= set(near) and len(near) == 6 and r.embedded == 3
+    assert all(len(v) == 5 for v in near.values()), "k is cut to the others that there are"
+    for i, name in enumerate(odd):
+        assert near[name][0] == dict(path=f"00{i}.png", similarity=1.0)
+    assert {i["label"] for i in r.images} <= {"ein Kätzchen 🐈", "красный цвет"}
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 5])
