@@ -51,7 +51,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON inst
 @app.command()
 def photos(folder: Annotated[Path, typer.Argument(help="Where to put them; created if needed.")]):
     "Copy the real photographs that scikit-image and scikit-learn carry into FOLDER."
-    from arr_course.images import sample_photos
+    from arr_course.photos import sample_photos
     typer.echo(f"{len(sample_photos(folder))} photographs in {folder}")
 
 @app.command()

@@ -6,7 +6,7 @@
 __all__ = ['ORIENT', 'MAX_PIXELS', 'FORMATS', 'SUFFIXES', 'MAGIC', 'IMAGENET_MEAN', 'IMAGENET_STD', 'CLIP_MEAN', 'CLIP_STD',
            'FILTERS', 'to_8bit', 'to_rgb', 'orientation', 'upright', 'ImageError', 'open_image', 'natural_key',
            'is_candidate', 'walk', 'Skipped', 'ImageFolder', 'fit_size', 'centre', 'montage', 'normalise', 'Preprocess',
-           'timm_recipe', 'open_clip_recipe', 'hf_recipe', 'PHOTO_SOURCES', 'sample_photos']
+           'timm_recipe', 'open_clip_recipe', 'hf_recipe']
 
 # %% ../nbs/00_images.ipynb #985b2243
 import io
@@ -23,12 +23,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
-from .photos import PHOTO_SOURCES, sample_photos
-
-# %% ../nbs/00_images.ipynb #01401d06
-_all_ = ["PHOTO_SOURCES", "sample_photos"]  # handed on from `00b_photos`
-
-# %% ../nbs/00_images.ipynb #0d0eb0be
+# %% ../nbs/00_images.ipynb #6533bf68
 def to_8bit(a: np.ndarray) -> np.ndarray:
     "Grey values to uint8: 16-bit integers, floats in 0..1 or 0..255; what lies outside is stretched to its own range."
     ok = a[np.isfinite(a)]
@@ -38,7 +33,7 @@ def to_8bit(a: np.ndarray) -> np.ndarray:
     a = np.nan_to_num(a.astype(np.float32), nan=lo, posinf=hi, neginf=lo)
     return np.rint((a - lo) * (255 / ((hi - lo) or 1))).astype(np.uint8)
 
-# %% ../nbs/00_images.ipynb #5725f943
+# %% ../nbs/00_images.ipynb #b3ce5e01
 def to_rgb(im: Image.Image) -> Image.Image:
     "8-bit RGB from any Pillow mode: deep grey is scaled, not clipped; transparency is laid on white."
     if im.mode == "RGB" and "transparency" not in im.info: return im
@@ -48,7 +43,7 @@ def to_rgb(im: Image.Image) -> Image.Image:
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
     return im.convert("RGB")
 
-# %% ../nbs/00_images.ipynb #eabead1c
+# %% ../nbs/00_images.ipynb #4d5cc0b1
 _TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"  # Pillow turns anticlockwise
 ORIENT = {i: Image.Transpose[o] for i, o in enumerate(_TURNS.split(), 2)}
 
@@ -62,7 +57,7 @@ def upright(im: Image.Image, o: int) -> Image.Image:
     "The image with EXIF orientation `o` (1 to 8) undone."
     return im.transpose(ORIENT[o]) if o in ORIENT else im
 
-# %% ../nbs/00_images.ipynb #e96d8e85
+# %% ../nbs/00_images.ipynb #6544c16f
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses: half a gibibyte as RGB
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TIFF", "WEBP")
 
@@ -73,7 +68,7 @@ class ImageError(ValueError):
         self.name, self.reason = name, reason
     def __str__(self): return f"{self.name}: {self.reason}"
 
-# %% ../nbs/00_images.ipynb #24ddde43
+# %% ../nbs/00_images.ipynb #996eae56
 _shown = lambda path: os.fspath(path).encode("utf-8", "replace").decode()  # a name that prints, whatever bytes it is made of
 
 def _binary(src):  # -> a name to show, and an open binary file of our own
@@ -95,7 +90,7 @@ def _decode(f, max_pixels):  # -> upright RGB from an open file
         im.load()
         return upright(to_rgb(im).copy(), orientation(im))
 
-# %% ../nbs/00_images.ipynb #0f528c22
+# %% ../nbs/00_images.ipynb #24ddde43
 def open_image(
     src,                           # A path, bytes, or a file opened in binary mode
     max_pixels: int = MAX_PIXELS,  # Refuse larger images before they are decoded
@@ -116,7 +111,7 @@ def open_image(
     out.info = {}  # no EXIF left that could turn the image a second time
     return out
 
-# %% ../nbs/00_images.ipynb #d86c3146
+# %% ../nbs/00_images.ipynb #f3149549
 SUFFIXES = frozenset(".apng .avif .bmp .dib .gif .heic .heif .ico .j2k .jfif .jp2 .jpe .jpeg .jpg .jpx .mpo .pbm .pgm .png "
                      ".pnm .ppm .qoi .tif .tiff .webp".split())
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
@@ -134,7 +129,7 @@ def is_candidate(path: Path) -> bool:
     except OSError: return False
     return head.startswith(MAGIC) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
 
-# %% ../nbs/00_images.ipynb #2e475550
+# %% ../nbs/00_images.ipynb #9e1698b0
 def walk(
     folder: Path, recursive: bool,  # Where to begin; enter subfolders?
     report,                         # Called as `report(path, error)` for what cannot be entered
@@ -157,7 +152,7 @@ def walk(
             elif recursive and not (link and Path(root).is_relative_to(target)):
                 todo.insert(0 if link else len(todo), path)  # linked folders come last
 
-# %% ../nbs/00_images.ipynb #a58dbccc
+# %% ../nbs/00_images.ipynb #2e475550
 class Skipped(NamedTuple):
     "A file or folder that could not be read, and why."
     path: Path
@@ -188,7 +183,7 @@ class ImageFolder:
         self._skipped.pop(self.paths[i], None)
         return im
 
-# %% ../nbs/00_images.ipynb #4d022b4b
+# %% ../nbs/00_images.ipynb #7b47dd67
 def fit_size(
     w: int, h: int,          # Size of the image
     size: tuple[int, int],   # `(h, w)` to fit
@@ -214,7 +209,7 @@ def centre(
     out.paste(im, (-half(im.width - size[1]), -half(im.height - size[0])))
     return out
 
-# %% ../nbs/00_images.ipynb #9bae8d78
+# %% ../nbs/00_images.ipynb #519abad8
 def montage(
     images, titles=None,             # PIL images, and a line of text for each
     cols: int = 6, size: int = 128,  # Images in a row; side of a tile in pixels
@@ -233,7 +228,7 @@ def montage(
         ImageDraw.Draw(out).text((x, y + size + 1), title, "black", font)
     return out
 
-# %% ../nbs/00_images.ipynb #4165cc73
+# %% ../nbs/00_images.ipynb #a9723407
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -245,7 +240,7 @@ def normalise(
     mean, std = (x.new_tensor(o).view(3, 1, 1) for o in (mean, std))
     return x * std + mean if undo else (x - mean) / std
 
-# %% ../nbs/00_images.ipynb #f181cebb
+# %% ../nbs/00_images.ipynb #98b145ac
 FILTERS = {o.name.lower(): o for o in Image.Resampling}
 
 def _one_of(value, options, what: str):  # options[value], or an error that lists them
@@ -267,7 +262,7 @@ def _strip(im, size, most=32):  # the middle of an extremely long strip; the cro
     cw, ch = min(w, math.ceil(most * h)), min(h, math.ceil(most * w))
     return im if (cw, ch) == (w, h) else centre(im, (ch, cw))
 
-# %% ../nbs/00_images.ipynb #9d7d4b39
+# %% ../nbs/00_images.ipynb #aec41043
 @dataclass(frozen=True)
 class Preprocess:
     "An image as the `(3, h, w)` float tensor that an encoder was trained on, by the rules of timm, open_clip and transformers."
@@ -297,7 +292,7 @@ class Preprocess:
     from_open_clip = classmethod(lambda cls, cfg: cls(**open_clip_recipe(cfg)))
     from_hf = classmethod(lambda cls, cfg: cls(**hf_recipe(cfg)))
 
-# %% ../nbs/00_images.ipynb #98befeac
+# %% ../nbs/00_images.ipynb #32ade7b9
 def _dict(cfg, *attrs) -> dict:  # of a dict, or of an object that has one of `attrs` or `to_dict`; absent means absent
     for a in attrs: cfg = getattr(cfg, a, cfg)
     if hasattr(cfg, "to_dict"): cfg = cfg.to_dict()
@@ -323,7 +318,7 @@ def open_clip_recipe(cfg) -> dict:
     return dict(size=size, mean=c.get("mean", CLIP_MEAN), std=c.get("std", CLIP_STD), interpolation=kernel, resize=resize,
                 fill=c.get("fill_color", 0) if resize == "pad" else 0)
 
-# %% ../nbs/00_images.ipynb #60ca5f0f
+# %% ../nbs/00_images.ipynb #f9d823b7
 def _hf_dict(cfg) -> dict:  # from a config dict, an object, a JSON file or a model folder
     if isinstance(cfg, (str, os.PathLike)):
         files = [Path(cfg)] if os.path.isfile(cfg) else sorted(Path(cfg).glob("pr*ocessor_config.json"))  # pre- or plain
@@ -344,7 +339,7 @@ def _hf_size(c: dict, kind: str, fixed=lambda s: (s, s) if isinstance(s, int) el
     if h * ew != w * eh: raise ValueError(f"size={size} with crop_size={crop}")
     return (h, w), "crop" if edge else "squash", _pct(h, eh)
 
-# %% ../nbs/00_images.ipynb #07865915
+# %% ../nbs/00_images.ipynb #60ca5f0f
 def hf_recipe(cfg) -> dict:
     "Arguments of `Preprocess` for a transformers image processor: its config, the object, a JSON file or a model folder."
     c = _hf_dict(cfg)

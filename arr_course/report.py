@@ -42,8 +42,12 @@ def caption(r: dict, rows: int) -> str:
     "What the table does not show: which models looked and why, further images, skipped files, disagreements."
     hidden = len(r["images"]) - rows
     more = [f"{hidden} more {'image is' if hidden == 1 else 'images are'} not shown"] if hidden > 0 else []
-    who = "\n".join(f"{key}: {r['backbones'][key]}" for key in ("visual", "labels", "how") if r["backbones"].get(key))
-    return who + "\n" * bool(who) + "; ".join([*more, f"skipped: {len(r['skipped'])}", f"disagreements: {len(r['disagreements'])}"])
+    if not r["images"]: more = ["no readable image in this folder"]
+    who = [f"{key}: {r['backbones'][key]}" for key in ("visual", "labels", "how") if r["backbones"].get(key)]
+    bad = [f"skipped {o['path']}: {o['error']}" for o in r["skipped"][:5]]
+    if len(r["skipped"]) > 5: bad.append(f"... and {len(r['skipped']) - 5} more: --json lists them all")
+    counts = "; ".join([*more, f"skipped: {len(r['skipped'])}", f"disagreements: {len(r['disagreements'])}"])
+    return "\n".join([*who, *bad, counts])
 
 # %% ../nbs/92_report.ipynb #3d4580c8
 def table(

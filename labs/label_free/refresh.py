@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from arr_course.core import provenance, write_json
-from arr_course.images import sample_photos
+from arr_course.photos import sample_photos
 from arr_course.label_free import run
 
 HERE = Path(__file__).resolve().parent
