@@ -18,8 +18,8 @@ from PIL import Image
 from arr_course.core import provenance, write_json
 from arr_course.embed import Source, embed_missing
 from arr_course.images import open_image
-from arr_course.photos import sample_photos
 from arr_course.neighbours import EmbeddingStore
+from arr_course.photos import sample_photos
 from arr_course.zoo import load
 
 HERE = Path(__file__).resolve().parent

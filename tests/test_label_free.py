@@ -16,9 +16,9 @@ from PIL import Image
 
 from arr_course import embed
 from arr_course.embed import choose, embed_missing, hash_files, sources
-from arr_course.photos import sample_photos
 from arr_course.label_free import compare, run
 from arr_course.neighbours import EmbeddingStore, find_neighbours, nearest, recall, top_k, unit_rows
+from arr_course.photos import sample_photos
 from arr_course.zero_shot import Scores, sigmoid, softmax
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 from arr_course.core import provenance, write_json
-from arr_course.photos import sample_photos
 from arr_course.label_free import run
+from arr_course.photos import sample_photos
 
 HERE = Path(__file__).resolve().parent
 
