@@ -6,8 +6,11 @@ import sys
 import pytest
 
 
+COMMAND = [sys.executable, "-c", "from arr_course.cli import main; main()"]
+
+
 def arr(*args, **kw):
-    return subprocess.run([sys.executable, "-c", "from arr_course.cli import main; main()", *map(str, args)], capture_output=True, text=True, **kw)
+    return subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, **kw)
 
 
 def test_doctor_knows_this_machine():
