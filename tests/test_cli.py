@@ -5,7 +5,6 @@ import sys
 
 import pytest
 
-
 COMMAND = [sys.executable, "-c", "from arr_course.cli import main; main()"]
 
 
