@@ -22,10 +22,10 @@ def clip_loss(
 ) -> torch.Tensor:
     "Symmetric InfoNCE over all pairs of the batch, a scalar (arXiv:2103.00020, Figure 3). `ValueError` unless both are (b, e)."
     img, txt = _pairs(img, txt)
-    first = dist.get_rank() * len(img) if across else 0
-    all_img, all_txt = (_gather(img), _gather(txt)) if across else (img, txt)
-    label = first + torch.arange(len(img), device=img.device)
-    return (F.cross_entropy(logit_scale * img @ all_txt.T, label) + F.cross_entropy(logit_scale * txt @ all_img.T, label)) / 2
+    label = torch.arange(len(img), device=img.device) + (dist.get_rank() * len(img) if across else 0)
+    by_image = logit_scale * img @ (_gather(txt) if across else txt).T     # (b, b * world)
+    by_text = logit_scale * txt @ _gather(img).T if across else by_image.T
+    return (F.cross_entropy(by_image, label) + F.cross_entropy(by_text, label)) / 2
 
 def _pairs(img, txt):
     "Both sides in full precision, once their shapes are known to fit."
