@@ -54,7 +54,7 @@ class ConvStem(PatchEmbed):
         x = self.stem(x.contiguous(memory_format=torch.channels_last))  # (b, d / 4, H / 2, W / 2)
         return self.proj(x).flatten(2).transpose(1, 2), grid
 
-# %% ../nbs/02_vit.ipynb #dd290120
+# %% ../nbs/02_vit.ipynb #05798d91
 @dataclass(frozen=True)
 class Features:
     "What an encoder returns for a batch of images. Every later chapter takes this and nothing else."
@@ -76,7 +76,7 @@ class Features:
         "The patches as an image: `(b, d, h, w)`."
         return self.patches.transpose(1, 2).unflatten(2, self.grid)
 
-# %% ../nbs/02_vit.ipynb #05798d91
+# %% ../nbs/02_vit.ipynb #64e457c7
 CHOICES = dict(mlp=tuple(ACTS), norm=("layer", "rms"), pos_embed=("learn", "factorised", "sincos", "none"),
                global_pool=("token", "avg", "map"), qkv_bias=QKV_BIAS, stem=("patch", "conv"))
 
@@ -103,7 +103,7 @@ class TokenConfig:
     @property
     def prefix(self) -> int: return int(self.class_token) + self.reg_tokens
 
-# %% ../nbs/02_vit.ipynb #64e457c7
+# %% ../nbs/02_vit.ipynb #5c2932de
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig:
     "How one block is built."
@@ -133,7 +133,7 @@ class BlockConfig:
             self.embed_dim, self.num_heads, self.mlp_dim, self.mlp, self.qkv_bias, self.qk_norm, self.attn_norm, self.mlp_norm,
             self.layer_scale, drop_path, self.norm_layer)
 
-# %% ../nbs/02_vit.ipynb #5c2932de
+# %% ../nbs/02_vit.ipynb #e00da5ec
 SIZES = {  # name: (embed_dim, depth, num_heads, mlp_dim, patch_size)
     "Ti": (192, 12, 3, 768, 16), "S": (384, 12, 6, 1536, 16), "B": (768, 12, 12, 3072, 16), "L": (1024, 24, 16, 4096, 16),
     "H": (1280, 32, 16, 5120, 14), "g": (1408, 40, 16, 6144, 14), "G": (1664, 48, 16, 8192, 14), "22B": (6144, 48, 48, 24576, 14)}
@@ -163,7 +163,7 @@ class ViTConfig(BlockConfig, TokenConfig):
         size = dict(embed_dim=d, depth=depth, num_heads=heads, mlp_ratio=mlp_dim / d, patch_size=patch)
         return cls(**{**size, **(OF_22B if name == "22B" else {}), **changes})
 
-# %% ../nbs/02_vit.ipynb #71c930c0
+# %% ../nbs/02_vit.ipynb #7c77d953
 def check_config(cfg: ViTConfig) -> None:
     "Raise a `ValueError` that names what cannot be built, and the numbers."
     for name, allowed in CHOICES.items():
@@ -176,7 +176,7 @@ def check_config(cfg: ViTConfig) -> None:
     if cfg.stem == "conv" and cfg.patch_size % 2: raise ValueError(f"a conv stem halves the patch, and {cfg.patch_size} is odd: take an even patch_size")
     if min(cfg.grid) < 1: raise ValueError(f"an image of {cfg.size} pixels holds no whole {cfg.patch_size}-pixel patch: raise img_size or lower patch_size")
 
-# %% ../nbs/02_vit.ipynb #7c77d953
+# %% ../nbs/02_vit.ipynb #b1e95d64
 class Tokens(nn.Module):
     "The first part of a ViT: images to the tokens that enter the first block."
     def __init__(self, cfg: ViTConfig):
@@ -209,7 +209,7 @@ class Tokens(nn.Module):
         x = torch.cat([*extra, x + pos if early else x], 1)
         return self.norm_pre(x if early else x + pos), grid
 
-# %% ../nbs/02_vit.ipynb #b1e95d64
+# %% ../nbs/02_vit.ipynb #08a68d93
 class Trunk(Tokens):
     "Tokens, blocks, pooling, classifier."
     def __init__(self, cfg: ViTConfig = ViTConfig()):
@@ -237,7 +237,7 @@ class Trunk(Tokens):
 
     def forward(self, x): return self.head(self.pool(self.forward_tokens(x)))
 
-# %% ../nbs/02_vit.ipynb #a7469fa0
+# %% ../nbs/02_vit.ipynb #fbf68ae2
 def init_weights(m: nn.Module) -> None:
     "Truncated normal with deviation 0.02, zero biases. Registers must differ from each other, or they stay equal for ever."
     if isinstance(m, Tokens):
@@ -247,7 +247,7 @@ def init_weights(m: nn.Module) -> None:
         nn.init.trunc_normal_(m.weight, std=0.02)
         if m.bias is not None: nn.init.zeros_(m.bias)
 
-# %% ../nbs/02_vit.ipynb #08a68d93
+# %% ../nbs/02_vit.ipynb #92afafa0
 class ViT(Trunk):
     "A vision transformer. `forward` gives logits `(b, classes)`, or the pooled vector `(b, d)` where there is no classifier."
     def features(self, x, layers=(), saliency=False) -> Features:
@@ -273,7 +273,7 @@ class ViT(Trunk):
         for block in self.blocks[:index]: x = block(x, self.rope(grid))
         return self.blocks[index].attn.weights(self.blocks[index].norm1(x), self.rope(grid))
 
-# %% ../nbs/02_vit.ipynb #fe8ead91
+# %% ../nbs/02_vit.ipynb #e94e1130
 def macs(
     cfg: ViTConfig,                        # The model
     size: tuple[int, int] | None = None,   # Image (height, width), by default the config's own
@@ -288,7 +288,7 @@ def macs(
     return {"patches": patches, "q, k, v, output": cfg.depth * 4 * t * d * d,
             "attention": cfg.depth * 2 * t * t * d, "mlp": cfg.depth * matrices * t * d * m, "head": pool + d * cfg.num_classes}
 
-# %% ../nbs/02_vit.ipynb #c1b18b5d
+# %% ../nbs/02_vit.ipynb #21ff7996
 def attention_distance(
     attn: torch.Tensor,      # Attention weights `(b, heads, prefix + n, prefix + n)`, as `ViT.attentions` returns them
     grid: tuple[int, int],   # Rows and columns of patches

@@ -178,6 +178,7 @@ def to_timm(
     "A timm `VisionTransformer` (`Eva` where there is RoPE or no key bias) with a copy of the weights, in the same mode."
     timm, cfg = need("timm", "models"), vit.cfg
     eva, gated = cfg.rope or cfg.qkv_bias == "qv", cfg.mlp == "swiglu"
+    if cfg.stem != "patch": raise ValueError(f"timm's ViT has one convolution in front, not stem={cfg.stem!r}")
     if (eva or gated) and cfg.parallel or eva and cfg.mlp not in ("gelu", "swiglu"):
         raise ValueError(f"timm has no block with parallel={cfg.parallel}, mlp={cfg.mlp!r}, rope={cfg.rope}, qkv_bias={cfg.qkv_bias!r}")
     kind = timm.models.eva.Eva if eva else timm.models.vision_transformer.VisionTransformer
