@@ -6,9 +6,9 @@
 __all__ = ['JointConfig', 'Joint', 'JointEncoder']
 
 # %% ../nbs/04d_joint.ipynb #4005a680
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-import math
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import nn
 from .encoder import ViTEncoder
 from .vit import Features, ViT, ViTConfig
 
-# %% ../nbs/04d_joint.ipynb #12111cf0
+# %% ../nbs/04d_joint.ipynb #fb039c1f
 @dataclass(frozen=True, kw_only=True)
 class JointConfig:
     "A ViT, the width of the sentence vectors, and the width of the space in which both meet."
@@ -38,7 +38,7 @@ class JointConfig:
                         pos_embed="sincos", global_pool="avg")
         return cls(**{**dict(vit=vit, joint_dim=16), **changes})
 
-# %% ../nbs/04d_joint.ipynb #23d5f744
+# %% ../nbs/04d_joint.ipynb #214f6215
 class Joint(nn.Module):
     "Patches of images and words in one space, and how well each goes with each."
     def __init__(self, cfg: JointConfig):
@@ -72,7 +72,7 @@ class Joint(nn.Module):
 
     def forward(self, x, t): return self.logits(self.patches(x), self.texts(t))
 
-# %% ../nbs/04d_joint.ipynb #4f427f6b
+# %% ../nbs/04d_joint.ipynb #f785ac2f
 class JointEncoder(ViTEncoder):
     "A frozen `Joint`: patches that can be asked for words."
     kind, objective = "image-text", "sigmoid"
