@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGED', 'LOADER', 'CARD', 'KINDS', 'HUB', 'FAMILIES', 'verify', 'Packaged', 'packaged_file', 'rename_by_order',
            'load_text', 'load_lm', 'check_facts', 'weights_dirs', 'save_card', 'read_card', 'ModelInfo', 'ModelList',
-           'list_models', 'load']
+           'shipped_files', 'list_models', 'load']
 
 # %% ../nbs/04_zoo.ipynb #40aa01d5
 import importlib.util, json, os, re
@@ -180,7 +180,8 @@ def _load_shipped(name, rest, device=None) -> Encoder:
         raise ModelNotFound(_cannot(name, "its card is here, but its weights are missing"))
     path = verify(card["path"].with_suffix(".safetensors"), card["sha256"])
     model, preprocess = _built(card)
-    model.load_state_dict(safetensors.torch.load_file(path))               # half precision becomes fp32 here
+    try: model.load_state_dict(safetensors.torch.load_file(path))          # half precision becomes fp32 here
+    except RuntimeError as e: raise WeightsError(f"{name}: card and weights do not fit: {' '.join(str(e).split())[:200]}") from e
     if isinstance(model, ViT): return ViTEncoder(name, model, preprocess, "shipped", device)
     return JointEncoder(name, model, preprocess, "shipped", device, text=lambda: load_text(device=device))
 
@@ -229,13 +230,18 @@ HUB = (  # name, kind, repository, file, megabytes, licence, note
 
 def _cached(repo, file): return isinstance(need("huggingface_hub", "models").try_to_load_from_cache(repo, file), str)
 
+def shipped_files() -> list[Path]:
+    "The weights that have a card, folder by folder, sorted by name; where two folders have one of a name, the first counts."
+    found = [f for d in weights_dirs() for f in sorted(d.glob("*.safetensors")) if f.with_suffix(".json").is_file()]
+    return [f for i, f in enumerate(found) if f.name not in {o.name for o in found[:i]}]
+
 def list_models(online: bool | None = None) -> ModelList:
     "What can be loaded: packaged, shipped, and a choice of hub models. `online` says whether the hub answers; asked if `None`."
     size = lambda f: f.stat().st_size / 1e6 if f else None
     found = {k: packaged_file(k) for k in PACKAGED}
     info = lambda k, p: ModelInfo(k, p.kind, "package", bool(found[k]), size(found[k]), p.licence, p.note)
     out = ModelList(info(k, p) for k, p in PACKAGED.items())
-    for f in sorted(f for d in weights_dirs() for f in d.glob("*.safetensors") if f.with_suffix(".json").is_file()):
+    for f in shipped_files():
         card = json.loads(f.with_suffix(".json").read_text(encoding="utf-8"))
         out.append(ModelInfo(card["name"], KINDS.get(card["architecture"], "image"), "shipped", True, size(f), card["licence"], card["recipe"]))
     if importlib.util.find_spec("huggingface_hub") is None: return out

