@@ -74,12 +74,9 @@ class Joint(nn.Module):
 
 # %% ../nbs/04d_joint.ipynb #f785ac2f
 class JointEncoder(ViTEncoder):
-    "A frozen `Joint`: patches that can be asked for words."
+    "A frozen `Joint`: patches that can be asked for words. `text()` returns its `TextEncoder`, when the first text comes."
     kind, objective = "image-text", "sigmoid"
-    def __init__(
-        self, name, model: Joint, preprocess, source="shipped", device=None,
-        text=None,  # Called without arguments when the first text comes; returns a `TextEncoder`
-    ):
+    def __init__(self, name, model: Joint, preprocess, source="shipped", device=None, text=None):
         super().__init__(name, model, preprocess, source, device)
         self._load_text = text
         self.logit_scale, self.logit_bias = model.scale.item(), model.logit_bias.item()
@@ -102,12 +99,8 @@ class JointEncoder(ViTEncoder):
         return self.model.project(features.patches)
 
     @torch.no_grad()
-    def match(
-        self,
-        images,  # What `encode` takes, or the `Features` that it gave
-        texts,   # Strings, or what `encode_text` gave for them, `(t, e)`
-    ) -> torch.Tensor:
-        "Logits of every patch against every text, `(b, n, t)`, on the CPU; their sigmoid is the model's probability."
+    def match(self, images, texts) -> torch.Tensor:
+        "Logits `(b, n, t)`, on the CPU, of images (or their `Features`) against texts (or what `encode_text` gave for them)."
         f = images if isinstance(images, Features) else self.encode(images)
         t = texts if isinstance(texts, torch.Tensor) else self.encode_text(texts)
         return self.model.logits(self.joint(f), t.to(self.device)).cpu()

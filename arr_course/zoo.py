@@ -228,6 +228,7 @@ HUB = (  # name, kind, repository, file, megabytes, licence, note
      "open_clip_model.safetensors", 1711, "MIT", "EVA-02-CLIP L/14 at 336 px, softmax"),
 )
 
+# %% ../nbs/04_zoo.ipynb #80990c65
 def _cached(repo, file): return isinstance(need("huggingface_hub", "models").try_to_load_from_cache(repo, file), str)
 
 def shipped_files() -> list[Path]:
@@ -248,7 +249,7 @@ def list_models(online: bool | None = None) -> ModelList:
     online = hub_online() if online is None else online
     return ModelList(out + [ModelInfo(n, k, "hub", online or _cached(r, f), mb, lic, note) for n, k, r, f, mb, lic, note in HUB])
 
-# %% ../nbs/04_zoo.ipynb #b3887e68
+# %% ../nbs/04_zoo.ipynb #01fa59f7
 def _cannot(name, why):
     "The message of `ModelNotFound`: the reason, then what can be loaded here."
     here = "\n".join(f"  {LOADER[o.kind]}({o.name!r})  {o.note}" for o in list_models(online=False) if o.available)
