@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LRS', 'knn_classify', 'interval', 'Standard', 'probe_gradient', 'train_heads', 'Grid', 'linear_grid',
-           'AttentiveProbe', 'fit_attentive', 'predict', 'crop_scene', 'concept_crops', 'PixelEncoder', 'random_vit',
-           'feature_sets', 'batches', 'read_features', 'knn_grid']
+           'AttentiveProbe', 'fit_attentive', 'predict', 'crop_scene', 'crop_scenes', 'concept_crops', 'PixelEncoder',
+           'random_vit', 'feature_sets', 'batches', 'read_features', 'knn_grid']
 
 # %% ../nbs/07_probes.ipynb #c7fd0b83
 import random
@@ -218,17 +218,22 @@ def crop_scene(
     thing = Thing(name, **place(size), colour=rng.choice([*COLOURS, None]), flip=rng.random() < .5)
     return replace(base, things=(*clutter, thing))
 
+def crop_scenes(n: int, split: str = "train", seed: int = 0, concepts=TRAINED) -> tuple[list[Scene], torch.Tensor]:
+    "`n` crop scenes and their labels `(n,)`, indices into `concepts`; classes equally often, in random order."
+    rng = np.random.default_rng([seed, n])
+    labels = rng.permutation(np.arange(n) % len(concepts))
+    seeds = rng.integers(2**31, size=n)
+    return [crop_scene(concepts[c], split, int(s)) for c, s in zip(labels, seeds, strict=True)], torch.from_numpy(labels)
+
 def concept_crops(
     n: int,
     split: str = "train",   # `train`, `val` or `test`
     seed: int = 0,
     concepts=TRAINED,       # Labels are indices into these
 ):
-    "`n` pictures (PIL, 112 px) with one large thing each, and their labels `(n,)`; classes equally often, in random order."
-    rng = np.random.default_rng([seed, n])
-    labels = rng.permutation(np.arange(n) % len(concepts))
-    seeds = rng.integers(2**31, size=n)
-    return [render(crop_scene(concepts[c], split, int(s))) for c, s in zip(labels, seeds, strict=True)], torch.from_numpy(labels)
+    "`n` pictures (PIL, 112 px) with one large thing each, and their labels `(n,)`, as `crop_scenes` has them."
+    scenes, labels = crop_scenes(n, split, seed, concepts)
+    return [render(o) for o in scenes], labels
 
 # %% ../nbs/07_probes.ipynb #9b1b9aab
 class PixelEncoder(Encoder):
