@@ -58,7 +58,9 @@ def test_numbers_as_scale_half_precision_and_no_grad():
     assert half.dtype == torch.float32 and abs(half - whole) < 0.02 * whole
     with torch.no_grad(): assert not siglip_loss(img.requires_grad_(), txt, 10, -10, chunk=4).requires_grad
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(siglip_loss(img, txt, 10, -10, chunk=4), whole)
+        for chunk in (None, 4): torch.testing.assert_close(siglip_loss(img, txt, 10, -10, chunk=chunk), whole)
+        inside = clip_loss(img, txt, 100)
+    torch.testing.assert_close(inside, clip_loss(img, txt, 100))
 
 
 def test_gradient_of_a_frozen_side_is_not_asked_for():
