@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from .core import atomic_path, bf16_speedup, need, set_seed
+from .core import atomic_path, bf16_speedup, device, need, set_seed
 from .runs import LivePlot, newest, plot_log, read_log, write_checkpoint
 
 # %% ../nbs/03_learner.ipynb #cec4639c
@@ -168,7 +168,8 @@ class LearnerSetup:
     ):
         acc = need("accelerate", "models")
         ddp = acc.DistributedDataParallelKwargs(find_unused_parameters=find_unused)
-        self.acc = acc.Accelerator(mixed_precision="no", kwargs_handlers=[ddp])          # section 4's autocast is our own
+        on_cpu = device().type == "cpu"                                                  # said aloud, or each process trains alone
+        self.acc = acc.Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[ddp])   # section 4's autocast is our own
         self.cfg, self.loss_fn, self.after_step, self.out = cfg, loss_fn, after_step, Path(out) if out else None
         self.wrapped = self.acc.prepare_model(model)
         self.model = self.acc.unwrap_model(self.wrapped)
@@ -198,12 +199,13 @@ class LearnerStep(LearnerSetup):
     def backward(self, batch, t: int, last: bool) -> dict:
         "Add the gradients of micro-batch `t`, and return its figures. Processes average their gradients on the last one."
         set_seed(mix(self.cfg.seed, t, self.acc.process_index, 1))                       # dropout follows from the step
-        self.batch, device = need("accelerate.utils", "models").send_to_device(batch, self.acc.device), self.acc.device
+        where = self.acc.device
+        self.batch = need("accelerate.utils", "models").send_to_device(batch, where)
         with nullcontext() if last else self.acc.no_sync(self.wrapped):
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"): result = self.loss_fn(self.wrapped, self.batch)
+            with torch.autocast(where.type, torch.bfloat16, enabled=self.precision == "bf16"): result = self.loss_fn(self.wrapped, self.batch)
             loss, extra = result if isinstance(result, tuple) else (result, {})
             (loss / self.cfg.accumulate).backward()
-        return {k: torch.as_tensor(v, device=device).detach().float() for k, v in dict(loss=loss, **extra).items()}
+        return {k: torch.as_tensor(v, device=where).detach().float() for k, v in dict(loss=loss, **extra).items()}
 
 # %% ../nbs/03_learner.ipynb #fbb32996
 class LearnerSave(LearnerStep):
@@ -220,14 +222,14 @@ class LearnerSave(LearnerStep):
 
     def load(self, folder: Path) -> None:
         "Continue from a checkpoint of the same run: only `steps`, `log_every`, `save_every`, `workers`, `precision` may differ."
-        info, device = json.loads((folder / "manifest.json").read_text(encoding="utf-8")), self.acc.device
+        info, where = json.loads((folder / "manifest.json").read_text(encoding="utf-8")), self.acc.device
         now, free = json.loads(json.dumps(asdict(self.cfg))), {"steps", "log_every", "save_every", "workers", "precision"}
         changed = [f"{k} was {info['config'].get(k)}, now {v}" for k, v in now.items() if k not in free and info["config"].get(k) != v]
         if changed: raise ValueError(f"{folder.name} is of another run ({'; '.join(changed)}): choose another `out`, or the old settings")
-        load_model(self.model, str(folder / "model.safetensors"), device=str(device))
-        state = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
+        load_model(self.model, str(folder / "model.safetensors"), device=str(where))
+        state = torch.load(folder / "optimizer.pt", map_location=where, weights_only=True)
         self.opt.load_state_dict(state["optimizer"])
-        if self.ema: self.ema.weights = load_file(str(folder / "ema.safetensors"), device=str(device))
+        if self.ema: self.ema.weights = load_file(str(folder / "ema.safetensors"), device=str(where))
         self.meter, self.step, self.seconds = Meter(state["recent"]), info["step"], info["seconds"]
         if self.cfg.precision == "auto": self.precision = info["precision"]
         if (log := self.out / "log.jsonl").exists(): self.logs = [r for r in read_log(log) if r["step"] <= self.step]
@@ -287,7 +289,7 @@ class Learner(LearnerLog):
         self.acc.wait_for_everyone()
         return self.logs
 
-# %% ../nbs/03_learner.ipynb #0057bc2b
+# %% ../nbs/03_learner.ipynb #6ef3bc5f
 def first_nonfinite(
     model: nn.Module,   # Any model
     *inputs,            # What it is called with
