@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .concepts import COLOURS, DIGITS, TRAINED
 from .core import need
-from .questions import RULES, TYPES, Question, SceneIndex, absent, answer, ask
+from .questions import HALF_HIDDEN, RULES, TYPES, Question, SceneIndex, absent, answer, ask, hidden
 from .world import DENSITIES, Scene, _covered, _spot, render, sample_scene
 
 # %% ../nbs/01c_pairs.ipynb #e014c23d
@@ -88,12 +88,13 @@ _EDITS = dict(exists=_edit_exists, count=_edit_count, where=_edit_where, colour=
               compare=_edit_compare, name=_other_names, number=_edit_number, describe=_other_names)
 
 # %% ../nbs/01c_pairs.ipynb #1ab887c9
-def in_view(scene: Scene) -> bool:
-    "Does the scene keep the world's promises: nothing hidden, nothing cut off, about as much covered as its density asks?"
+def in_view(scene: Scene, before: Scene) -> bool:
+    "Does a changed scene keep the world's promises: nothing cut off, nothing newly hidden, as much covered as its density asks?"
     d, things = DENSITIES[scene.density], scene.things
     if any(not (t.size * (.5 - d.edge) <= v <= d.size - t.size * (.5 - d.edge)) for t in things for v in (t.x, t.y)): return False
     if d.cover and not d.cover[0] + 32 <= _covered(things) <= d.cover[1] - 32: return False
-    return all((s.x - t.x) ** 2 + (s.y - t.y) ** 2 >= (.41 * (s.size + t.size)) ** 2 for i, s in enumerate(things) for t in things[:i])
+    if any((s.x - t.x) ** 2 + (s.y - t.y) ** 2 < (.41 * (s.size + t.size)) ** 2 for i, s in enumerate(things) for t in things[:i]): return False
+    return all((h := hidden(scene, i)) <= HALF_HIDDEN or h <= hidden(before, i) for i in range(len(things)))
 
 def complement(
     scene: Scene,
@@ -105,7 +106,7 @@ def complement(
     for things in _EDITS[question.type](SceneIndex(scene), question, rng):
         other = replace(scene, things=things)
         said = answer(other, question.type, question.args)
-        if said not in (None, question.answer) and in_view(other): return other
+        if said not in (None, question.answer) and in_view(other, scene): return other
     return None
 
 # %% ../nbs/01c_pairs.ipynb #05f18a9c
@@ -126,6 +127,7 @@ def question_pairs(
     concepts: tuple[str, ...] = TRAINED,
 ) -> Iterator[Pair]:
     "Questions with their complementary scenes; each comes from a scene of its own."
+    if n < 0: raise ValueError(f"{n} questions: ask for at least 0")
     at = seed * 10_000_000
     for i in range(n):
         pair = None
@@ -162,7 +164,7 @@ def _dataset(rows, chunk=500):
     d, parts, features = need("datasets", "models"), [], _features()
     rows = iter(rows)
     while part := list(islice(rows, chunk)): parts.append(d.Dataset.from_list(part, features=features))
-    return d.concatenate_datasets(parts) if parts else d.Dataset.from_list([], features=features)
+    return d.concatenate_datasets(parts or [d.Dataset.from_dict({k: [] for k in features}, features=features)])
 
 # %% ../nbs/01c_pairs.ipynb #a111a78d
 def _png(scene):
