@@ -261,8 +261,8 @@ def test_close_calls_are_not_asked():
 
 
 def test_words_agree_with_things():
-    things = Thing("cat", 40, 40, 60, colour="red"), Thing("sign", 168, 168, 50, digit=0), Thing("clutter", 280, 280, 60, code="267B")
-    scene = by_hand(*things)
+    cat, sign = Thing("cat", 40, 40, 60, colour="red"), Thing("sign", 168, 168, 50, digit=0)
+    scene = by_hand(cat, sign, Thing("clutter", 280, 280, 60, code="267B"))
     assert words_of(scene) == {"cat", "red disc", "sign", "number 0"} <= set(WORDS)
     assert caption(scene) == "a cat on a red disc and a sign that says 0"
 
