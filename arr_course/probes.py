@@ -18,13 +18,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .concepts import CLUTTER, COLOURS, TRAINED
-from .core import bf16_speedup
 from .encoder import Encoder, ViTEncoder
 from .images import Preprocess
 from .vit import Features, PatchEmbed, ViT, ViTConfig
 from .world import SIZES, Scene, Thing, render, sample_scene
 
-# %% ../nbs/07_probes.ipynb #17da6665
+# %% ../nbs/07_probes.ipynb #306320b9
 def knn_classify(
     train_x,               # Training features `(n, d)`, of any scale
     train_y,               # Their classes `(n,)`, integers from 0
@@ -47,7 +46,7 @@ def _votes(q, x, y, k, temperature, n_classes):
     weight = ((sim - 1) / temperature).exp()
     return torch.zeros(len(q), n_classes).scatter_add_(1, y[index], weight / weight.sum(1, keepdim=True))
 
-# %% ../nbs/07_probes.ipynb #ca4a1d8c
+# %% ../nbs/07_probes.ipynb #28c28351
 def interval(
     values,               # One number an image, e.g. 1 where it was right and 0 where not
     n_boot: int = 2000,   # Resamples
@@ -63,7 +62,7 @@ def interval(
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(v.mean()), float(low), float(high)
 
-# %% ../nbs/07_probes.ipynb #ea10341a
+# %% ../nbs/07_probes.ipynb #0ddeabf4
 LRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 
 class Standard:
@@ -77,7 +76,7 @@ def probe_gradient(x, y, weight):
     p[torch.arange(len(y)), :, y] -= 1
     return (x.T @ p.flatten(1)).view_as(weight) / len(y)
 
-# %% ../nbs/07_probes.ipynb #0f53a521
+# %% ../nbs/07_probes.ipynb #de61d867
 def train_heads(
     sets: dict,             # Feature sets of the same images: name -> `(n, d)`
     y,                      # Classes `(n,)`
@@ -102,7 +101,7 @@ def train_heads(
             step += 1
     return weights
 
-# %% ../nbs/07_probes.ipynb #05b6926c
+# %% ../nbs/07_probes.ipynb #5a703d24
 @dataclass(frozen=True)
 class Grid:
     "What a linear grid found: the accuracy of every (features, learning rate) on validation, and the best head."
@@ -119,6 +118,7 @@ class Grid:
         "Classes `(n,)`."
         return self.logits(sets).argmax(-1)
 
+# %% ../nbs/07_probes.ipynb #b416eac6
 def linear_grid(
     train: dict, train_y,   # Feature sets name -> `(n, d)`, and classes `(n,)`
     val: dict, val_y,       # Other images, on which the best is chosen
@@ -138,7 +138,7 @@ def linear_grid(
     best = max(accuracy, key=accuracy.get)
     return Grid(accuracy, best, norms[best[0]], weights[best[0]][:, list(lrs).index(best[1])])
 
-# %% ../nbs/07_probes.ipynb #fb822b5b
+# %% ../nbs/07_probes.ipynb #c13fdc5c
 class AttentiveProbe(nn.Module):
     "One learned query a head over patches `(b, n, d)`, values, and a linear classifier: logits `(b, c)` (arXiv:2202.03026)."
     def __init__(self, dim: int, n_classes: int, num_heads: int = 4):
@@ -162,7 +162,7 @@ class AttentiveProbe(nn.Module):
 
     def forward(self, x): return self.head(self.gather(self.standardise(x)))
 
-# %% ../nbs/07_probes.ipynb #c0586f49
+# %% ../nbs/07_probes.ipynb #9784fc8c
 def fit_attentive(
     train, train_y,           # Patches `(n, t, d)` and classes `(n,)`
     val, val_y,               # Other images, on which the learning rate is chosen
@@ -185,6 +185,7 @@ def fit_attentive(
     best = max(found, key=lambda lr: found[lr][0])
     return found[best][1], {lr: a for lr, (a, _) in found.items()}
 
+# %% ../nbs/07_probes.ipynb #9b1b9aab
 def predict(probe: nn.Module, x, batch_size: int = 256) -> torch.Tensor:
     "Classes `(n,)` that a probe gives to patches `(n, t, d)`."
     with torch.no_grad(): return torch.cat([probe(o).argmax(-1) for o in x.split(batch_size)])
@@ -204,7 +205,7 @@ def _fit(probe, x, y, lr, epochs, batch_size):
             loss = F.cross_entropy(probe(x[i]), y[i])
             opt.zero_grad(); loss.backward(); opt.step(); sched.step()
 
-# %% ../nbs/07_probes.ipynb #ce66d7ed
+# %% ../nbs/07_probes.ipynb #a8a78af8
 def crop_scene(
     name: str,              # The concept
     split: str = "train",   # Whose backgrounds and seeds
@@ -218,6 +219,7 @@ def crop_scene(
     thing = Thing(name, **place(size), colour=rng.choice([*COLOURS, None]), flip=rng.random() < .5)
     return replace(base, things=(*clutter, thing))
 
+# %% ../nbs/07_probes.ipynb #17602728
 def crop_scenes(n: int, split: str = "train", seed: int = 0, concepts=TRAINED) -> tuple[list[Scene], torch.Tensor]:
     "`n` crop scenes and their labels `(n,)`, indices into `concepts`; classes equally often, in random order."
     rng = np.random.default_rng([seed, n])
@@ -235,7 +237,7 @@ def concept_crops(
     scenes, labels = crop_scenes(n, split, seed, concepts)
     return [render(o) for o in scenes], labels
 
-# %% ../nbs/07_probes.ipynb #9b1b9aab
+# %% ../nbs/07_probes.ipynb #d2e1801b
 class PixelEncoder(Encoder):
     "No network: a patch is its pixels, `(b, n, 3 p p)`, and an image a thumbnail of `thumbnail` pixels a side."
     def __init__(self, size: int = 112, patch_size: int = 14, thumbnail: int = 16):
@@ -259,7 +261,7 @@ def random_vit(
         model = ViT(cfg or ViTConfig(img_size=112, patch_size=14, embed_dim=192, depth=6, num_heads=3, pos_embed="sincos"))
     return ViTEncoder("random", model, preprocess or Preprocess(model.cfg.size, (.5,) * 3, (.5,) * 3, resize="squash"), "none")
 
-# %% ../nbs/07_probes.ipynb #bcaeda61
+# %% ../nbs/07_probes.ipynb #a7f92dee
 def feature_sets(f: Features, names=()) -> dict[str, torch.Tensor]:
     "Vectors for each image, name -> `(b, d)`: `last/mean`, `last/max`, `last/cls`, `own`, and mean and maximum of earlier layers."
     out = {"own": f.pooled, "last/cls": f.cls}
@@ -278,10 +280,11 @@ def batches(
     "The encoder's `Features`, batch by batch, on whole images squashed to `size`."
     pre = encoder.preprocess if size is None else replace(encoder.preprocess, size=(size, size), resize="squash", crop_pct=1.0)
     device = encoder.device
-    for i in tqdm(range(0, len(images), batch_size), encoder.name, disable=not progress, leave=False):
+    for i in tqdm(range(0, len(images), batch_size), encoder.name, disable=None if progress else True, leave=False):
         x = torch.stack([pre(o) for o in images[i:i + batch_size]]).to(device, memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16): yield encoder.encode(x, layers)
 
+# %% ../nbs/07_probes.ipynb #5921aece
 def read_features(
     encoder: Encoder, images,
     layers=(-4, -2),             # Blocks to add to the last one
@@ -297,7 +300,7 @@ def read_features(
     sets = {k: torch.cat([o[k] for o in sets]) for k in sets[0]}
     return (sets, torch.cat(kept)) if patches else sets
 
-# %% ../nbs/07_probes.ipynb #a8a78af8
+# %% ../nbs/07_probes.ipynb #c7f1543a
 def knn_grid(train: dict, train_y, val: dict, val_y, ks=(5, 20)) -> tuple[tuple[str, int], dict]:
     "The best (features, k) of weighted k-NN on validation, and the accuracy of all."
     val_y = torch.as_tensor(val_y)

@@ -1,4 +1,9 @@
-"Probes, dense probes and LoRA: what the notebooks do not say: sizes, seeds, leaks, other libraries on real features."
+"Probes, dense probes and LoRA: what the notebooks do not say: sizes, seeds, leaks, other libraries, the lab."
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -358,3 +363,112 @@ def test_bad_ranks_and_parts():
     ):
         with pytest.raises(ValueError, match=message):
             lora.LowRank(shape, r, 1, parts)
+
+
+# ---- the lab ---------------------------------------------------------------------------------------------
+
+LAB = Path(__file__).resolve().parent.parent / "labs" / "choose_a_backbone"
+
+
+@pytest.fixture(scope="module")
+def lab():
+    "The lab's program, as a module."
+    sys.path.insert(0, str(LAB))
+    spec = importlib.util.spec_from_file_location("choose_a_backbone_run", LAB / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path.remove(str(LAB))
+
+
+@pytest.fixture(scope="module")
+def stored():
+    return json.loads((LAB / "results" / "choose_a_backbone.json").read_text(encoding="utf-8"))
+
+
+def test_lab_result_is_whole(lab, stored):
+    "Five backbones, twelve tasks, each value inside its interval; and every prediction scored as it was written."
+    written = json.loads((LAB / "predictions.json").read_text(encoding="utf-8"))["predictions"]
+    assert tuple(stored["models"]) == lab.MODELS and all(
+        set(m["tasks"]) == {p["task"] for p in written} for m in stored["models"].values()
+    )
+    for m in stored["models"].values():
+        assert all(t["low"] <= t["value"] <= t["high"] and t["n"] >= 100 for t in m["tasks"].values())
+    for p, s in zip(written, stored["scores"], strict=True):
+        value = {m: o["tasks"][p["task"]]["value"] for m, o in stored["models"].items()}
+        assert (s["task"], s["said"], s["over"]) == (p["task"], p["winner"], p["over"])
+        assert s["hit"] == (max(value, key=value.get) == p["winner"]) and s["pair_hit"] == (
+            value[p["winner"]] > value[p["over"]]
+        )
+
+
+def test_lab_measures_the_same_again(lab, stored):
+    "Held-out concepts by k-NN on raw pixels, measured anew."
+    import tasks
+
+    sets, y = {}, {}
+    for split in ("train", "val", "test"):
+        images, labels = tasks.crops_of("held", split)
+        sets[split], y[split] = probes.read_features(probes.PixelEncoder(), images), labels["concept"]
+    (name, k), _ = probes.knn_grid(sets["train"], y["train"], sets["val"], y["val"])
+    guess, _ = probes.knn_classify(sets["train"][name], y["train"], sets["test"][name], k)
+    assert (
+        abs(
+            (guess == y["test"]).float().mean().item()
+            - stored["models"]["pixels"]["tasks"]["held-out concepts, k-NN"]["value"]
+        )
+        < 0.02
+    )
+
+
+def test_lab_draws_are_paired(lab):
+    "Two models that differ on a few images: their difference has a narrow interval, as every resample holds the same images."
+    rng = np.random.default_rng(0)
+    a = (rng.random(500) < 0.5).astype(float)
+    b = a.copy()
+    b[np.flatnonzero(a)[:10]] = 0
+    (v, d), (w, e) = lab.draws(a), lab.draws(b)
+    low, high = np.quantile(d - e, [0.025, 0.975])
+    assert abs(v - w - 0.02) < 1e-9 and 0 < low < 0.02 < high < 0.04 and np.ptp(np.quantile(d, [0.025, 0.975])) > 0.08
+
+
+def test_lab_scores(lab):
+    "A clear hit, and a miss within the noise."
+    rng = np.random.default_rng(0)
+    noise = lambda mean: mean + 0.01 * rng.standard_normal(500)
+    models = {
+        m: {"tasks": {"t": {"value": v}, "u": {"value": w}}}
+        for m, v, w in (("a", 0.9, 0.5), ("b", 0.5, 0.502), ("c", 0.1, 0.1))
+    }
+    boot = {m: {k: noise(t["value"]) for k, t in o["tasks"].items()} for m, o in models.items()}
+    said = [dict(task=t, winner="a", over="c", because="") for t in "tu"]
+    t, u = lab.score(said, models, boot)
+    assert (
+        t["hit"]
+        and t["clear"]
+        and t["rival"] == "b"
+        and not u["hit"]
+        and not u["clear"]
+        and u["won"] == "b"
+        and u["pair_hit"]
+        and u["pair_clear"]
+    )
+
+
+def test_easy_vqa_labels(lab):
+    "What is read out of the questions agrees with the pictures: the middle of the shape has the colour that was told."
+    import tasks
+    from PIL import Image
+
+    rows = tasks.easy_images("test")[:60]
+    names = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+    mean = {}
+    for path, _, colour in rows:
+        a = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3).astype(float)
+        far = np.abs(a - np.median(a, 0)).sum(1)
+        mean.setdefault(names[colour], []).append(a[far > 0.7 * far.max()].mean(0))
+    assert len(mean) == 8
+    for k, v in mean.items():
+        inner = np.linalg.norm(np.array(v) - np.mean(v, 0), axis=1).mean()
+        nearest = min(np.linalg.norm(np.mean(v, 0) - np.mean(w, 0)) for j, w in mean.items() if j != k)
+        assert inner < 60 and nearest > 15, (k, inner, nearest)
