@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AIR', 'class_map', 'to_patches', 'confusion', 'iou', 'miou_interval', 'as_sets', 'rows', 'draw', 'segmentation_probe',
-           'hazy', 'ridge', 'nan_pool', 'depth_probe', 'r2', 'pca', 'paint_pca']
+           'hazy', 'ridge', 'nan_pool', 'r2', 'depth_probe', 'pca', 'paint_pca']
 
 # %% ../nbs/07a_dense.ipynb #5a37021d
 import random
@@ -71,7 +71,9 @@ def as_sets(feats) -> dict[str, torch.Tensor]:
     if bad := [k for k, v in sets.items() if v.ndim != 4]: raise ValueError(f"feature maps are (b, d, h, w), as Features.dense() gives; {bad[0]!r} is not")
     return sets
 
-def rows(x): return x.permute(0, 2, 3, 1).flatten(0, 2).float()            # (b, d, h, w) -> (b*h*w, d)
+def rows(x) -> torch.Tensor:
+    "Feature maps `(b, d, h, w)` as one row a patch, `(b * h * w, d)`."
+    return x.permute(0, 2, 3, 1).flatten(0, 2).float()
 
 def draw(x, standard, weight, size, chunk: int = 16):
     "Classes at the labels' size, `(b, H, W)`, from feature maps and a head `(d + 1, c)`."
@@ -81,6 +83,7 @@ def draw(x, standard, weight, size, chunk: int = 16):
         out.append(F.interpolate(z, size, mode="bilinear").argmax(1))
     return torch.cat(out)
 
+# %% ../nbs/07a_dense.ipynb #2c7ba4cb
 def segmentation_probe(
     train_feats, train_labels,     # Maps `(b, d, h, w)` or a dict of them by name; classes `(b, H, W)`
     test_feats, test_labels,
@@ -108,7 +111,7 @@ def segmentation_probe(
     return dict(miou=mean, low=low, high=high, per_class=iou(m.sum(0)).tolist(), accuracy=float(m.sum(0).diagonal().sum() / m.sum()),
                 chosen=(k, lr), pred=pred)
 
-# %% ../nbs/07a_dense.ipynb #0bbdbe75
+# %% ../nbs/07a_dense.ipynb #3a213ffe
 AIR = (205, 214, 224)
 
 def hazy(
@@ -125,20 +128,36 @@ def hazy(
     mixed = t * np.asarray(image, dtype=np.float32) + (1 - t) * np.array(air, dtype=np.float32)
     return Image.fromarray(mixed.round().astype(np.uint8)), depth, ids
 
-# %% ../nbs/07a_dense.ipynb #14757b00
+# %% ../nbs/07a_dense.ipynb #72d1f4c5
 def ridge(x, y, lam: float) -> torch.Tensor:
     "Ridge regression in closed form, in double precision: weights `(d + 1,)` for standardised `x` `(n, d + 1)` whose last column is 1."
     z, y = x[:, :-1].double(), y.double()
     w = torch.linalg.solve(z.T @ z + lam * torch.eye(z.shape[1], dtype=z.dtype), z.T @ (y - y.mean()))
     return torch.cat([w, (y.mean() - z.mean(0) @ w)[None]]).float()
 
-# %% ../nbs/07a_dense.ipynb #b9d1656d
+# %% ../nbs/07a_dense.ipynb #978cb9ac
 def nan_pool(depth, grid) -> torch.Tensor:
     "Mean depth of each patch over its pixels that have one, `(b, h, w)`; NaN where fewer than a quarter have."
     known = ~depth.isnan()
     share = F.adaptive_avg_pool2d(known.float()[:, None], grid)[:, 0]
     return torch.where(share >= 0.25, F.adaptive_avg_pool2d(depth.nan_to_num()[:, None], grid)[:, 0] / share, torch.nan)
 
+def _depths(x, s, w, size):
+    "Depths at the labels' size, `(b, H, W)`."
+    z = (s(rows(x)) @ w).view(len(x), 1, *x.shape[2:])
+    return F.interpolate(z, size, mode="bilinear")[:, 0]
+
+def _errors(pred, truth):
+    "Per image: pixels, sum of depths, of their squares, and of squared errors: `(b, 4)`."
+    t, known = truth.nan_to_num().double(), ~truth.isnan()
+    return torch.stack([o.flatten(1).sum(1) for o in (known.double(), t, t**2, (pred - t) ** 2 * known)], 1).numpy()
+
+def r2(sums, times=None) -> float:
+    "Share of the variance explained, from the sums of each image `(b, 4)`, each image counted `times` often."
+    n, y, yy, ee = sums.sum(0) if times is None else times @ sums
+    return float(1 - ee / (yy - y**2 / n))
+
+# %% ../nbs/07a_dense.ipynb #2d4f0584
 def depth_probe(
     train_feats, train_depth,        # Maps `(b, d, h, w)` or a dict of them; depths `(b, H, W)`, NaN where they do not count
     test_feats, test_depth,
@@ -163,22 +182,7 @@ def depth_probe(
     low, high = np.quantile([r2(e, d) for d in draws], [.025, .975])
     return dict(r2=r2(e), low=float(low), high=float(high), rmse=float((e[:, 3].sum() / e[:, 0].sum()) ** 0.5), chosen=(k, lam), pred=pred)
 
-def _depths(x, s, w, size):
-    "Depths at the labels' size, `(b, H, W)`."
-    z = (s(rows(x)) @ w).view(len(x), 1, *x.shape[2:])
-    return F.interpolate(z, size, mode="bilinear")[:, 0]
-
-def _errors(pred, truth):
-    "Per image: pixels, sum of depths, of their squares, and of squared errors: `(b, 4)`."
-    t, known = truth.nan_to_num().double(), ~truth.isnan()
-    return torch.stack([o.flatten(1).sum(1) for o in (known.double(), t, t**2, (pred - t) ** 2 * known)], 1).numpy()
-
-def r2(sums, times=None) -> float:
-    "Share of the variance explained, from the sums of each image `(b, 4)`, each image counted `times` often."
-    n, y, yy, ee = sums.sum(0) if times is None else times @ sums
-    return float(1 - ee / (yy - y**2 / n))
-
-# %% ../nbs/07a_dense.ipynb #c02f4137
+# %% ../nbs/07a_dense.ipynb #7204004f
 def pca(
     x: torch.Tensor,     # Patches `(..., d)`
     k: int = 3,
