@@ -90,7 +90,7 @@ def test_modules_are_short(path):
     assert len(lines) <= 300, f"{len(lines)} lines"
 
 
-ORDER = ["core", "photos", "images", "concepts", "world", "questions", "positions", "attention", "vit", "vit_convert", "runs", "learner",
+ORDER = ["core", "photos", "images", "concepts", "world", "questions", "pairs", "positions", "attention", "vit", "vit_convert", "runs", "learner",
          "encoder", "hub", "gguf_llama", "joint", "zoo", "contrastive", "filip", "selfsup", "dino", "probes", "dense", "lora", "grounding",
          "evaluate", "neighbours", "zero_shot", "embed", "label_free", "masks", "page", "report", "doctor", "cli"]
 
