@@ -52,7 +52,7 @@ def clamp_scale_(log_scale: torch.Tensor, most: float = 100.0) -> torch.Tensor:
     "Keep a learned `log(logit_scale)` at `log(most)` or below, in place; call it after the optimiser's step."
     return log_scale.clamp_(max=math.log(most))
 
-# %% ../nbs/05_contrastive.ipynb #7951c990
+# %% ../nbs/05_contrastive.ipynb #0b1a62c4
 class _SigmoidChunks(torch.autograd.Function):
     "The sigmoid loss of all pairs, never more than (b, chunk) of them at once; its gradients are made on the way forward."
     @staticmethod
@@ -76,7 +76,7 @@ class _SigmoidChunks(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad): return *(grad * o for o in ctx.saved_tensors), None, None
 
-# %% ../nbs/05_contrastive.ipynb #99170b69
+# %% ../nbs/05_contrastive.ipynb #4c7c88df
 @exact
 def siglip_loss(
     img: torch.Tensor,       # (b, e) image vectors, unit length
@@ -103,7 +103,7 @@ def _sigmoids(img, txt, scale, bias, chunk, own):
     z = scale * img @ txt.T + bias                                         # (b, b)
     return (F.softplus(z).sum() - (z.diagonal().sum() if own else 0)) / len(img)
 
-# %% ../nbs/05_contrastive.ipynb #2e051029
+# %% ../nbs/05_contrastive.ipynb #60ce9945
 class _Gather(torch.autograd.Function):
     "All processes' rows, one below the other; on the way back each process gets the sum of what the others owe its rows."
     @staticmethod
@@ -120,7 +120,7 @@ class _Gather(torch.autograd.Function):
 
 _gather = _Gather.apply
 
-# %% ../nbs/05_contrastive.ipynb #60ce9945
+# %% ../nbs/05_contrastive.ipynb #75805e56
 class _Neighbour(torch.autograd.Function):
     "The left neighbour's rows, while ours go to the right; gradients travel the other way round."
     @staticmethod
@@ -137,7 +137,7 @@ def _shift(x, by):
     for o in dist.batch_isend_irecv(ops): o.wait()
     return got
 
-# %% ../nbs/05_contrastive.ipynb #de9fb634
+# %% ../nbs/05_contrastive.ipynb #35b132fa
 def filip_similarity(
     img: torch.Tensor,   # (b, n, e) patch vectors, unit length
     txt: torch.Tensor,   # (t, m, e) token vectors, unit length
@@ -149,13 +149,13 @@ def filip_similarity(
     by_token = (s.amax(2) * mask).sum(2) / mask.sum(1)
     return by_patch, by_token
 
-# %% ../nbs/05_contrastive.ipynb #d8b0848f
+# %% ../nbs/05_contrastive.ipynb #f4231c8c
 def soft_max_pool(logits: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
     "Pool (b, n, w) over its n patches: a maximum softened by `tau`, between the mean (tau large) and the maximum (tau near 0). (b, w)"
     if tau <= 0: raise ValueError(f"tau must be positive, not {tau}; for the hard maximum use logits.amax(1)")
     return tau * (torch.logsumexp(_full(logits) / tau, 1) - math.log(logits.shape[1]))
 
-# %% ../nbs/05_contrastive.ipynb #1ecab31d
+# %% ../nbs/05_contrastive.ipynb #f4476b48
 def word_loss(
     logits: torch.Tensor,   # (b, n, w) each patch against each word: scale * cosine + bias
     present: torch.Tensor,  # (b, w) is the word true of the image? bool, or a probability
@@ -167,7 +167,7 @@ def word_loss(
     pooled = soft_max_pool(logits, tau)                                    # (b, w)
     return F.binary_cross_entropy_with_logits(pooled, present.to(pooled.dtype), reduction="sum") / b
 
-# %% ../nbs/05_contrastive.ipynb #6300ad2c
+# %% ../nbs/05_contrastive.ipynb #827a89c0
 def auroc(
     scores: torch.Tensor,    # (..., n)
     positive: torch.Tensor,  # (..., n) bool: which of the n are true
@@ -178,7 +178,7 @@ def auroc(
     p = positive.float(); n_pos, n = p.sum(-1), s.shape[-1]
     return ((rank * p).sum(-1) - n_pos * (n_pos + 1) / 2) / (n_pos * (n - n_pos))
 
-# %% ../nbs/05_contrastive.ipynb #3ce7717b
+# %% ../nbs/05_contrastive.ipynb #3c6b8c95
 def mean_interval(values, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
     "The mean of values (n,) over independent items and its bootstrap 95 % interval: mean, low, high."
     v = torch.as_tensor(values, dtype=torch.float64)
@@ -188,7 +188,7 @@ def mean_interval(values, draws: int = 2000, seed: int = 0) -> tuple[float, floa
     low, high = v[pick].mean(1).quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
     return v.mean().item(), low, high
 
-# %% ../nbs/05_contrastive.ipynb #0921b809
+# %% ../nbs/05_contrastive.ipynb #b2647b22
 class CaptionDecoder(nn.Module):
     "A transformer that writes a caption while looking at patches; word by word, or all words at once from mask tokens."
     def __init__(
@@ -207,7 +207,8 @@ class CaptionDecoder(nn.Module):
 
     def forward(self, ids, patches, parallel=False) -> torch.Tensor:
         "Logits of every word of captions ids (b, l), negative where padded, given patches (b, n, dim): (b, l, vocab)."
-        if ids.shape[1] > len(self.pos): raise ValueError(f"a caption of {ids.shape[1]} words; this decoder was made for max_len={len(self.pos)}")
+        if ids.shape[1] > len(self.pos):
+            raise ValueError(f"a caption of {ids.shape[1]} words; this decoder was made for max_len={len(self.pos)}")
         l, first = ids.shape[1], torch.full_like(ids[:, :1], self.begin)
         seen = torch.full_like(ids, self.mask) if parallel else torch.cat([first, ids[:, :-1].clamp(min=0)], 1)
         later = None if parallel else torch.ones(l, l, dtype=torch.bool, device=ids.device).triu(1)
@@ -219,7 +220,7 @@ def caption_loss(decoder: CaptionDecoder, patches, ids, parallel=False) -> torch
     logits = decoder(ids, patches, parallel)
     return F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten().clamp(min=-1), ignore_index=-1)
 
-# %% ../nbs/05_contrastive.ipynb #57953892
+# %% ../nbs/05_contrastive.ipynb #2b064b50
 def pair_losses(logits: torch.Tensor) -> torch.Tensor:
     "Each pair's share of the sigmoid loss of logits (b, b): half of its row and half of its column. (b,); the mean is `siglip_loss`."
     each = F.softplus(_full(logits)) - torch.diag_embed(logits.diagonal())
@@ -231,7 +232,7 @@ def learnable(student: torch.Tensor, teacher: torch.Tensor, keep: float = 0.5) -
     score = pair_losses(student) - pair_losses(teacher)
     return score.topk(max(1, round(keep * len(score)))).indices
 
-# %% ../nbs/05_contrastive.ipynb #3d53241c
+# %% ../nbs/05_contrastive.ipynb #4332ecd0
 PROMPTS = ("{}", "a {}", "a picture of a {}", "a drawing of a {}", "a small {}", "a {} on a photograph")
 
 def prompt_ensemble(encode, names: list[str], templates=PROMPTS) -> torch.Tensor:
@@ -241,7 +242,7 @@ def prompt_ensemble(encode, names: list[str], templates=PROMPTS) -> torch.Tensor
     v = encode([t.replace("{}", n) for n in names for t in templates])
     return F.normalize(v.view(len(names), len(templates), -1).mean(1), dim=-1)
 
-# %% ../nbs/05_contrastive.ipynb #c0df43cc
+# %% ../nbs/05_contrastive.ipynb #af1a10f3
 def recall_at_k(
     similarity: torch.Tensor,               # (n, m): queries by answers
     ks: tuple = (1, 5, 10),
@@ -249,7 +250,8 @@ def recall_at_k(
 ) -> dict[int, torch.Tensor]:
     "For each k, whether a right answer is among the first k of each query, wrong ones first in a tie: {k: (n,) float}."
     if relevant is None: relevant = torch.eye(*similarity.shape, dtype=torch.bool)
-    if relevant.shape != similarity.shape or not relevant.any(1).all(): raise ValueError("every query needs a right answer: `relevant` is (n, m) like `similarity`")
+    if relevant.shape != similarity.shape or not relevant.any(1).all():
+        raise ValueError("every query needs a right answer: `relevant` is (n, m) like `similarity`")
     best = similarity.masked_fill(~relevant, -math.inf).amax(1, keepdim=True)
     rank = (~relevant & (similarity >= best)).sum(1)                       # wrong answers before the best right one
     return {k: (rank < k).float() for k in ks}

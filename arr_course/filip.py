@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INDEX', 'GROUPS', 'CONFIG', 'STAGES', 'targets', 'Scenes', 'word_texts', 'patch_loss', 'filip_loss', 'train']
 
-# %% ../nbs/05a_filip.ipynb #99dab97a
+# %% ../nbs/05a_filip.ipynb #bfe87263
 import math
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .vit import ViTConfig
 from .world import paint, patch_cover, sample_scene, words_of_thing
 from .zoo import load_text
 
-# %% ../nbs/05a_filip.ipynb #bfe87263
+# %% ../nbs/05a_filip.ipynb #a0c52203
 INDEX = {w: i for i, w in enumerate(WORDS)}
 GROUPS = {"things": slice(0, INDEX["sign"] + 1), "discs": slice(INDEX["sign"] + 1, INDEX["number 0"]), "numbers": slice(INDEX["number 0"], len(WORDS))}
 
@@ -41,7 +41,7 @@ def targets(scene, ids: np.ndarray, patch_size: int = 14):
             patches[g][mine] = k - tuple(GROUPS.values())[g].start + 1
     return present, patches
 
-# %% ../nbs/05a_filip.ipynb #60b8c122
+# %% ../nbs/05a_filip.ipynb #a2e4751a
 class Scenes(Dataset):
     "Endless training scenes, drawn when they are asked for: pixels, the words that are true, and the words of each patch."
     def __init__(self, densities=("crop",), split="train", first=0): self.densities, self.split, self.first = densities, split, first
@@ -53,7 +53,7 @@ class Scenes(Dataset):
         present, patches = targets(scene, ids)
         return dict(image=np.asarray(image).transpose(2, 0, 1).copy(), present=present, patches=patches)  # (3, h, w), (w,), (groups, n)
 
-# %% ../nbs/05a_filip.ipynb #7480091b
+# %% ../nbs/05a_filip.ipynb #2172c320
 def word_texts(encode) -> torch.Tensor:
     "Frozen sentence vectors of every word of the vocabulary in each of its wordings: `(w, wordings, d)`. `encode(list of str) -> (t, d)`."
     wordings = [[p.format(n) for n in names_of(w) for p in ("{}", "a {}")] for w in WORDS]
@@ -61,7 +61,7 @@ def word_texts(encode) -> torch.Tensor:
     flat = [ws[i % len(ws)] for ws in wordings for i in range(most)]
     return encode(flat).view(len(WORDS), most, -1)
 
-# %% ../nbs/05a_filip.ipynb #ea503fb8
+# %% ../nbs/05a_filip.ipynb #78c67bea
 def patch_loss(logits: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
     "Cross-entropy of each patch over the words of each group and 'none' (logit 0); things and nothing weigh the same. A scalar."
     total = 0.
@@ -82,7 +82,7 @@ def filip_loss(model, batch, texts: torch.Tensor, weight: float = .5):
     dense = patch_loss(logits, batch["patches"])
     return words + weight * dense, dict(words=words, dense=dense)
 
-# %% ../nbs/05a_filip.ipynb #a0c52203
+# %% ../nbs/05a_filip.ipynb #f7eb56ec
 CONFIG = JointConfig(vit=ViTConfig(img_size=336, patch_size=14, stem="conv", embed_dim=192, depth=6, num_heads=3, class_token=False,
                                    pos_embed="sincos", global_pool="avg"))
 STAGES = {  # name: (densities in turn, settings)
@@ -90,7 +90,7 @@ STAGES = {  # name: (densities in turn, settings)
     "scenes": (("dense", "sparse", "dense"), TrainConfig(steps=560, batch_size=12, lr=7e-4, warmup=30, weight_decay=.05, betas=(.9, .98), ema=.995,
                                                 log_every=20, save_every=100))}
 
-# %% ../nbs/05a_filip.ipynb #6b524b92
+# %% ../nbs/05a_filip.ipynb #476721a7
 def train(
     out: str | Path,         # Folder of logs and checkpoints; a run that was stopped is continued
     stages: dict = STAGES,   # What to train on, in turn
