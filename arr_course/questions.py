@@ -159,6 +159,7 @@ _SLOTS = dict(exists="n", count="n", where="n", colour="n", relation="nsn", comp
 _KNOWN = dict(n=frozenset((*CONCEPTS, "sign")), s=frozenset(SIDES), p=frozenset((*REGIONS, *(f"{c} disc" for c in COLOURS))))
 _MEANS = dict(n="a concept", s=" or ".join(SIDES), p="a ninth of the picture or a disc")
 
+# %% ../nbs/01b_questions.ipynb #1793083c
 def resolve(ix: SceneIndex, type: str, args: tuple[str, ...]) -> tuple[str | None, tuple[int, ...]]:
     "The answer and the things that it rests on; `NOT_POSED` also where one of them is half hidden."
     said, found = RULES[type](ix, *args)
@@ -190,7 +191,7 @@ def evidence_mask(scene: Scene, question: Question, patch_size: int = 14) -> np.
     masks = patch_masks(paint_ids(scene), len(scene.things), patch_size)
     return masks[list(evidence(scene, question))].any(0)
 
-# %% ../nbs/01b_questions.ipynb #b3c42214
+# %% ../nbs/01b_questions.ipynb #235745dc
 def _question(type, args, said):
     cue = ("sign",) if type == "number" else tuple(a for a in args if a not in SIDES and a not in REGIONS)
     return Question(type, _TEXT[type](*args), said, tuple(args), cue)
@@ -199,7 +200,7 @@ def pose(scene: Scene, type: str, args: tuple[str, ...]) -> Question | None:
     "The question of this type and these arguments, or `None` where it is not well posed."
     return None if (said := answer(scene, type, args)) is None else _question(type, args, said)
 
-# %% ../nbs/01b_questions.ipynb #4dd33738
+# %% ../nbs/01b_questions.ipynb #db13f3be
 def absent(ix):
     "The names that the scene could have had, those of training or those held out after what it shows, and has not."
     held = {CONCEPTS[n].held_out for n in ix.names()}
@@ -213,7 +214,7 @@ def _even(rng, options):
         if said is not None: by.setdefault(said, []).append(args)
     return rng.choice(by[rng.choice(list(by))]) if by else None
 
-# %% ../nbs/01b_questions.ipynb #fafe2563
+# %% ../nbs/01b_questions.ipynb #5f5e1ba6
 def _pick_exists(ix, rng):
     names = ix.names() if rng.random() < .5 else absent(ix)
     return (rng.choice(names),) if names else None
@@ -233,7 +234,7 @@ def _pick_name(ix, rng):
     discs = [f"{c} disc" for c in dict.fromkeys(t.colour for t in ix.things) if c]
     return _even(rng, [((p,), _name(ix, p)[0]) for p in (discs if discs and rng.random() < .5 else REGIONS)])
 
-# %% ../nbs/01b_questions.ipynb #5f5e1ba6
+# %% ../nbs/01b_questions.ipynb #61543faf
 def _pick_relation(ix, rng): return _ordered(ix, rng, _relation, ix.singles(True), (rng.choice(SIDES),))
 
 def _pick_compare(ix, rng): return _ordered(ix, rng, _compare, ix.singles(False), ())
@@ -249,7 +250,7 @@ def _ordered(ix, rng, rule, names, middle):
 _PICKS = dict(exists=_pick_exists, count=_pick_count, where=_pick_where, colour=_pick_colour, relation=_pick_relation,
               compare=_pick_compare, name=_pick_name, number=lambda ix, rng: (), describe=lambda ix, rng: ())
 
-# %% ../nbs/01b_questions.ipynb #b56e38be
+# %% ../nbs/01b_questions.ipynb #2e29504d
 def ask(
     scene: Scene,
     seed: int = 0,                  # Another seed asks other questions
