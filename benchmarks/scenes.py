@@ -91,8 +91,8 @@ def measure(density, block, rounds, warm, folder):
         seeds = range(100_000 + r * block, 100_000 + (r + 1) * block)
         for name in list(runs)[::-1 if r % 2 else 1]: rates[name].append(rate(runs[name], seeds))
     few = max(2, block // 40)
-    for r in range(3):
-        rates["layout + picture, no caches"].append(rate(lambda i: uncached(sample_scene(i, density)), range(r * few, (r + 1) * few)))
+    bare = lambda i: uncached(sample_scene(i, density))
+    rates["layout + picture, no caches"] += [rate(bare, range(r * few, (r + 1) * few)) for r in range(3)]
     return {name: interval(v) for name, v in rates.items()}
 
 
@@ -110,7 +110,8 @@ def main():
         for density in DENSITIES:
             rows[density] = measure(density, a.block, a.rounds, warm, Path(folder))
             print(f"{density} ({DENSITIES[density].size} pixels): scenes per CPU second, one core")
-            for name, c in rows[density].items(): print(f"  {name:28} {c['median']:9.1f} [{c['low']:.1f}, {c['high']:.1f}]", flush=True)
+            for name, c in rows[density].items():
+                print(f"  {name:28} {c['median']:9.1f} [{c['low']:.1f}, {c['high']:.1f}]", flush=True)
     note = provenance("pillow", "datasets", "resvg-py", seed=0, command="python benchmarks/scenes.py")
     write_json(a.out, dict(rows=rows, block=a.block, rounds=a.rounds, warm=warm, provenance=note))
     print("wrote", os.path.relpath(a.out))
