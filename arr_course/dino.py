@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LARGE', 'SMALL', 'LUMA', 'SMALL_VIEWS', 'LARGE_VIEWS', 'CONFIG', 'STEPS', 'EARLY', 'DISTILL', 'TRAIN', 'PREPROCESS',
            'COMMAND', 'thing', 'backdrop_of', 'one_thing', 'twins', 'Views', 'hue_matrix', 'draw_view', 'blur',
-           'make_views', 'Twins', 'train', 'backbone', 'export', 'main']
+           'make_views', 'Twins', 'train', 'backbone', 'export', 'main', 'cls_attention', 'pca_rgb', 'correspond']
 
 # %% ../nbs/06a_dino.ipynb #3f7b6996
 import argparse, math, random
@@ -25,7 +25,7 @@ from .vit import ViT, ViTConfig
 from .world import N_BACKGROUNDS, SIZES, Scene, Thing, render
 from .zoo import save_card
 
-# %% ../nbs/06a_dino.ipynb #e36b02c7
+# %% ../nbs/06a_dino.ipynb #ad010135
 LARGE, SMALL = (tuple(s for s in SIZES if lo <= s <= hi) for lo, hi in ((43, 109), (20, 40)))
 
 def thing(rng: random.Random, name: str, sizes, size: int = 112) -> Thing:
@@ -46,7 +46,7 @@ def one_thing(rng: random.Random, name: str) -> Scene:
     apart = lambda t: (t.x - main.x) ** 2 + (t.y - main.y) ** 2 > (.35 * (t.size + main.size)) ** 2
     return Scene(112, (*filter(apart, small), main), backdrop_of(rng), density="crop")
 
-# %% ../nbs/06a_dino.ipynb #88e6aa8a
+# %% ../nbs/06a_dino.ipynb #751e6343
 def twins(
     seed: int,
     split: str = "train",
@@ -58,7 +58,7 @@ def twins(
     first = one_thing(rng, name)
     return first, one_thing(rng, name) if rng.random() < restage else replace(first, background=backdrop_of(rng))
 
-# %% ../nbs/06a_dino.ipynb #9e9eda12
+# %% ../nbs/06a_dino.ipynb #2129ce99
 @dataclass(frozen=True)
 class Views:
     "One kind of view: how large, how many, and how it is changed."
@@ -92,7 +92,7 @@ def draw_view(rng: np.random.Generator, v: Views) -> dict:
     blur = rng.uniform(.3, 1.5) if rng.random() < v.blur else 0.
     return {k: np.float32(o) for k, o in dict(where=where, colours=colours, blur=blur, solarise=rng.random() < v.solarise).items()}
 
-# %% ../nbs/06a_dino.ipynb #10f63a31
+# %% ../nbs/06a_dino.ipynb #d1d7a785
 def blur(x: torch.Tensor, sigma: torch.Tensor, radius: int = 4) -> torch.Tensor:
     "Gaussian blur of images `(n, 3, h, w)`, each with its own `sigma` `(n,)` in pixels; 0 leaves an image alone."
     if not (on := sigma > 0).any(): return x
@@ -111,7 +111,7 @@ def make_views(images: torch.Tensor, how: dict, size: int) -> torch.Tensor:
     inverted = (how["solarise"][:, None, None, None] > 0) & (x > .5)
     return 2 * torch.where(inverted, 1 - x, x) - 1
 
-# %% ../nbs/06a_dino.ipynb #751e6343
+# %% ../nbs/06a_dino.ipynb #2db3a3b3
 SMALL_VIEWS = Views(70, 2, (.4, 1.)), Views(42, 4, (.15, .5))      # 5 x 5 and 3 x 3 patches
 LARGE_VIEWS = Views(112, 2, (.4, 1.)), Views(56, 4, (.15, .5))     # 8 x 8 and 4 x 4
 
@@ -152,7 +152,7 @@ class Twins(Dataset):
             out[name] = views.unflatten(0, (len(items), v.number))
         return out
 
-# %% ../nbs/06a_dino.ipynb #c364b419
+# %% ../nbs/06a_dino.ipynb #b24e4f1a
 CONFIG = ViTConfig(img_size=112, patch_size=14, embed_dim=192, depth=6, num_heads=3, reg_tokens=4, pos_embed="sincos", stem="conv")
 STEPS, EARLY = 2600, .7                                            # optimiser steps, and the share of them on small views
 DISTILL = DistillConfig(steps=STEPS, prototypes=512, teacher_temp=(.03, .04), temp_warmup=.5, momentum=(.98, 1.), koleo=.1, contrast=2.)
@@ -207,5 +207,26 @@ def main(args=None):
     learner = train(a.out, a.steps, cfg=replace(TRAIN, batch_size=a.batch_size, seed=a.seed))
     if learner.acc.is_main_process: print(export(learner, a.out))
 
-# %% ../nbs/06a_dino.ipynb #2428a2be
-if __name__ == "__main__": main()
+# %% ../nbs/06a_dino.ipynb #b336cbc5
+if __name__ == "__main__" and "__file__" in globals(): main()                 # not in a notebook
+
+# %% ../nbs/06a_dino.ipynb #43bcf667
+def cls_attention(vit: ViT, x: torch.Tensor, layer: int = -1) -> torch.Tensor:
+    "How much CLS attends to each patch in one block: `(b, 3, H, W)` pixels to `(b, heads, h, w)`."
+    a = vit.attentions(x, layer)[:, :, 0, vit.cfg.prefix:]
+    return a.unflatten(2, [s // vit.cfg.patch_size for s in x.shape[2:]])
+
+# %% ../nbs/06a_dino.ipynb #b11d0917
+def pca_rgb(patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    "Three principal components of the patches `(b, n, d)` of all images together, stretched to 0..1: `(b, h, w, 3)`."
+    x = patches.float().flatten(0, 1)
+    x = x - x.mean(0)
+    y = x @ torch.linalg.svd(x, full_matrices=False).Vh[:3].T                 # (b * n, 3)
+    low, high = y.quantile(.02, 0), y.quantile(.98, 0)
+    return ((y - low) / (high - low)).clamp(0, 1).view(len(patches), *grid, 3)
+
+# %% ../nbs/06a_dino.ipynb #0e424d8f
+def correspond(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    "For each patch of `a` `(n, d)` the most similar one of `b` `(m, d)`: indices `(n,)` and cosines `(n,)`."
+    cosine, index = (F.normalize(a.float(), dim=1) @ F.normalize(b.float(), dim=1).T).max(1)
+    return index, cosine

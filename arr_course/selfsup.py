@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DINOHead', 'all_reduce', 'Centre', 'column_lse', 'sinkhorn', 'dino_loss', 'cosine', 'ema_update', 'block_mask',
            'ibot_loss', 'MaskedViT', 'koleo', 'gram', 'gram_loss', 'entropies', 'effective_rank', 'norm_outliers',
-           'contrast', 'DistillConfig', 'Tower', 'Teacher', 'SelfDistill']
+           'contrast', 'DistillConfig', 'Tower', 'Teacher', 'DistillParts', 'SelfDistill']
 
 # %% ../nbs/06_selfsup.ipynb #a49efbf8
 import math
@@ -265,8 +265,8 @@ class Teacher(nn.Module):
         return self.centres[which](scores, temp) if self.balance == "centre" else (scores / temp).softmax(-1)
 
 # %% ../nbs/06_selfsup.ipynb #2a64c3cf
-class SelfDistill(nn.Module):
-    "DINO with iBOT, KoLeo and Gram anchoring; `forward(batch)` gives the loss and its parts."
+class DistillParts(nn.Module):
+    "Student, teacher and anchor, and a method for each part of the loss."
     def __init__(self, vit: ViTConfig, cfg: DistillConfig):
         super().__init__()
         self.cfg, self.student = cfg, Tower(vit, cfg)
@@ -279,23 +279,6 @@ class SelfDistill(nn.Module):
         "The teacher's temperature now."
         (a, b), share = self.cfg.teacher_temp, self.cfg.temp_warmup * self.cfg.steps
         return a + (b - a) * min(self.step.item() / max(share, 1), 1)
-
-    def forward(self, batch: dict):
-        "`globals` `(b, g, 3, H, W)`, `locals` `(b, l, 3, h, w)`, `mask` `(b, g, n)` bool: the loss, and a dict of figures."
-        stacked = lambda x: x.transpose(0, 1).flatten(0, 1)                                # (b, v, ...) -> (v * b, ...)
-        x, b, g = stacked(batch["globals"]), *batch["globals"].shape[:2]
-        mask = stacked(batch["mask"]) if self.cfg.ibot else None
-        with torch.no_grad(): t_cls, t_patches = self.teacher.tower(x)
-        cls, patches = self.student(x, mask)
-        local = self.student(stacked(batch["locals"]))[0]
-        z = self.student.cls_head.embed(torch.cat([cls, local])).unflatten(0, (-1, b))    # (v, b, bottleneck)
-        parts = dict(dino=self.dino(z, t_cls, out := {}))
-        if self.cfg.contrast: parts["contrast"] = contrast(z, g)
-        if self.cfg.ibot: parts["ibot"] = self.ibot(patches, t_patches, mask)
-        if self.cfg.koleo: parts["koleo"] = torch.stack([koleo(o) for o in cls.split(b)]).mean()
-        if self.cfg.gram: parts["gram"] = self.gram(x, patches, mask)
-        loss = sum(v * getattr(self.cfg, k, 1.0) for k, v in parts.items())
-        return loss, {**{k: v.detach() for k, v in parts.items()}, **out, "rank": effective_rank(t_cls)}
 
     def dino(self, z, teacher, out):
         "Image-level loss of the student's `z` `(v, b, bottleneck)` and the teacher's CLS `(g * b, d)`; notes entropies in `out`."
@@ -314,6 +297,26 @@ class SelfDistill(nn.Module):
         whole = ~mask.any(1) if mask is not None else torch.ones(len(x), dtype=torch.bool)
         with torch.no_grad(): anchor = self.anchor.forward_tokens(x[whole])[:, self.anchor.cfg.prefix:]
         return gram_loss(patches[whole], anchor)
+
+# %% ../nbs/06_selfsup.ipynb #d24e4870
+class SelfDistill(DistillParts):
+    "DINO with iBOT, KoLeo and Gram anchoring; `forward(batch)` gives the loss and its parts."
+    def forward(self, batch: dict):
+        "`globals` `(b, g, 3, H, W)`, `locals` `(b, l, 3, h, w)`, `mask` `(b, g, n)` bool: the loss, and a dict of figures."
+        stacked = lambda x: x.transpose(0, 1).flatten(0, 1)                                # (b, v, ...) -> (v * b, ...)
+        x, b, g = stacked(batch["globals"]), *batch["globals"].shape[:2]
+        mask = stacked(batch["mask"]) if self.cfg.ibot else None
+        with torch.no_grad(): t_cls, t_patches = self.teacher.tower(x)
+        cls, patches = self.student(x, mask)
+        local = self.student(stacked(batch["locals"]))[0]
+        z = self.student.cls_head.embed(torch.cat([cls, local])).unflatten(0, (-1, b))    # (v, b, bottleneck)
+        parts = dict(dino=self.dino(z, t_cls, out := {}))
+        if self.cfg.contrast: parts["contrast"] = contrast(z, g)
+        if self.cfg.ibot: parts["ibot"] = self.ibot(patches, t_patches, mask)
+        if self.cfg.koleo: parts["koleo"] = torch.stack([koleo(o) for o in cls.split(b)]).mean()
+        if self.cfg.gram: parts["gram"] = self.gram(x, patches, mask)
+        loss = sum(v * getattr(self.cfg, k, 1.0) for k, v in parts.items())
+        return loss, {**{k: v.detach() for k, v in parts.items()}, **out, "rank": effective_rank(t_cls)}
 
     def update(self) -> None:
         "After each optimiser step: the teacher follows; at `gram_from` it is copied as the anchor."
