@@ -174,13 +174,13 @@ def report(r):
           f"{r['cpu_seconds']:.0f} CPU s", flush=True)
 
 
-def store(out, setting, runs, values, commit, seeds):
+def store(out, setting, runs, values, commit):
     "Write what there is so far, with the differences that can be formed already."
     have = {o for o, _ in values}
     less = {o: paired(values, "token", o) for o in OBJECTIVES if o != "token" and {o, "token"} <= have}
     scenes = [dict(objective=o, seed=s, object={d: [None if x != x else round(x, 4) for x in xs] for d, xs in v.items()})
               for (o, s), v in values.items()]
-    facts = provenance("accelerate", "transformers", seed=seeds, command="python labs/localise/run.py")
+    facts = provenance("accelerate", "transformers", seed=sorted({s for _, s in values}), command="python labs/localise/run.py")
     write_json(out, dict(setting=setting, objectives=OBJECTIVES, runs=runs, token_minus=less,
                          provenance=facts | dict(commit=commit), scenes=scenes))
 
@@ -216,7 +216,7 @@ def main():
             r, values[o, seed] = train(o, seed, TrainConfig(**cfg, seed=seed), tests, words, text.encode, max(1, a.steps // 10))
             runs.append(r)
             report(r)
-            store(a.out, setting, runs, values, commit, a.seeds)
+            store(a.out, setting, runs, values, commit)
     print("wrote", os.path.relpath(a.out))
 
 
