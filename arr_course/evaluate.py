@@ -217,6 +217,7 @@ def train_dino(out: Path, seed: int, fast: bool):
 
 RECIPES = {"filip-ti": train_filip, "dino-ti": train_dino}
 
+# %% ../nbs/07c_evaluate.ipynb #3cd58edd
 def train(
     name: str,                # `filip-ti` or `dino-ti`
     out: str | os.PathLike,   # Checkpoints, log, and at last weights and card; a run that was stopped is continued
