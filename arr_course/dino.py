@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LARGE', 'SMALL', 'LUMA', 'SMALL_VIEWS', 'LARGE_VIEWS', 'CONFIG', 'STEPS', 'EARLY', 'DISTILL', 'TRAIN', 'PREPROCESS',
            'COMMAND', 'thing', 'backdrop_of', 'one_thing', 'twins', 'Views', 'hue_matrix', 'draw_view', 'blur',
-           'make_views', 'Twins', 'train', 'backbone', 'export', 'main', 'cls_attention', 'pca_rgb', 'correspond']
+           'make_views', 'hide_some', 'Twins', 'cut_views', 'train', 'backbone', 'export', 'main', 'cls_attention',
+           'pca_rgb', 'correspond']
 
 # %% ../nbs/06a_dino.ipynb #3f7b6996
 import argparse, math, random
@@ -115,6 +116,14 @@ def make_views(images: torch.Tensor, how: dict, size: int) -> torch.Tensor:
 SMALL_VIEWS = Views(70, 2, (.4, 1.)), Views(42, 4, (.15, .5))      # 5 x 5 and 3 x 3 patches
 LARGE_VIEWS = Views(112, 2, (.4, 1.)), Views(56, 4, (.15, .5))     # 8 x 8 and 4 x 4
 
+def hide_some(rng: np.random.Generator, n_views: int, grid: tuple[int, int]) -> torch.Tensor:
+    "Masks `(n_views, h * w)`: in one view, drawn at random, blocks of 10 to 50 % of the patches; nothing in the others."
+    mask, n = torch.zeros(n_views, *grid, dtype=torch.bool), math.prod(grid)
+    g = torch.Generator().manual_seed(int(rng.integers(2**31)))
+    mask[rng.integers(n_views)] = block_mask(grid, max(1, int(n * rng.uniform(.1, .5))), g)
+    return mask.flatten(1)
+
+# %% ../nbs/06a_dino.ipynb #2537fda4
 class Twins(Dataset):
     "Item i: two pictures of one thing, the choices for each view of them, and which patches are hidden in the global views."
     def __init__(self,
@@ -126,7 +135,8 @@ class Twins(Dataset):
         early=None,              # Kinds of view of the first items, `kinds` by default
         switch: int = 0,         # How many items are early
     ):
-        self.kinds, self.split, self.restage, self.patch_size, self.seed, self.early, self.switch = kinds, split, restage, patch_size, seed, early, switch
+        self.kinds, self.split, self.restage, self.patch_size, self.seed = kinds, split, restage, patch_size, seed
+        self.early, self.switch = early, switch
 
     def __len__(self): return 10**9
 
@@ -136,28 +146,29 @@ class Twins(Dataset):
         rng, kinds = np.random.default_rng((self.seed, i)), self.kinds_at(i)
         images = np.stack([np.asarray(render(s)).transpose(2, 0, 1) for s in twins(i, self.split, self.restage)])   # (2, 3, h, w)
         how = [default_collate([draw_view(rng, v) for _ in range(v.number)]) for v in kinds]
-        grid = (kinds[0].size // self.patch_size,) * 2
-        mask, n = torch.zeros(kinds[0].number, math.prod(grid), dtype=torch.bool), math.prod(grid)
-        g = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        mask[rng.integers(len(mask))] = block_mask(grid, max(1, int(n * rng.uniform(.1, .5))), g).flatten()         # in one of them
+        mask = hide_some(rng, kinds[0].number, (kinds[0].size // self.patch_size,) * 2)
         return dict(i=i, images=images, globals=how[0], locals=how[1], mask=mask)
 
-    def collate(self, items):
-        "Items to the batch that `SelfDistill` takes: view j is cut from picture j % 2."
-        kinds, batch = self.kinds_at(items[0]["i"]), default_collate(items)
-        images, out = batch["images"].float() / 255, dict(mask=batch["mask"])
-        for name, v in zip(("globals", "locals"), kinds, strict=True):
-            source = images[:, [j % 2 for j in range(v.number)]].flatten(0, 1)
-            views = make_views(source, {k: o.flatten(0, 1) for k, o in batch[name].items()}, v.size)
-            out[name] = views.unflatten(0, (len(items), v.number))
-        return out
+    def collate(self, items): return cut_views(items, self.kinds_at(items[0]["i"]))
 
-# %% ../nbs/06a_dino.ipynb #b24e4f1a
+# %% ../nbs/06a_dino.ipynb #432390b8
+def cut_views(items: list, kinds) -> dict:
+    "Items of `Twins` to the batch that `SelfDistill` takes: view j is cut from picture j % 2."
+    batch = default_collate(items)
+    images, out = batch["images"].float() / 255, dict(mask=batch["mask"])
+    for name, v in zip(("globals", "locals"), kinds, strict=True):
+        source = images[:, [j % 2 for j in range(v.number)]].flatten(0, 1)
+        views = make_views(source, {k: o.flatten(0, 1) for k, o in batch[name].items()}, v.size)
+        out[name] = views.unflatten(0, (len(items), v.number))
+    return out
+
+# %% ../nbs/06a_dino.ipynb #412c0873
 CONFIG = ViTConfig(img_size=112, patch_size=14, embed_dim=192, depth=6, num_heads=3, reg_tokens=4, pos_embed="sincos", stem="conv")
 STEPS, EARLY = 2600, .7                                            # optimiser steps, and the share of them on small views
 DISTILL = DistillConfig(steps=STEPS, prototypes=512, teacher_temp=(.03, .04), temp_warmup=.5, momentum=(.98, 1.), koleo=.1, contrast=2.)
 TRAIN = TrainConfig(steps=STEPS, batch_size=48, lr=1e-3, min_lr=1e-5, warmup=150, weight_decay=.04, clip=3., log_every=20, save_every=200)
 
+# %% ../nbs/06a_dino.ipynb #e8719f8b
 def train(
     out: str | Path | None,           # Folder of the log and the checkpoints; a run that was stopped is continued. None: nothing is written
     steps: int = STEPS,               # Optimiser steps, for all schedules
@@ -185,6 +196,7 @@ def backbone(model: SelfDistill) -> ViT:
     vit.load_state_dict({k: v for k, v in model.teacher.tower.vit.state_dict().items() if k != "mask_token"})
     return vit.eval()
 
+# %% ../nbs/06a_dino.ipynb #b336cbc5
 PREPROCESS = Preprocess((112, 112), (.5,) * 3, (.5,) * 3, resize="squash")
 COMMAND = ("accelerate launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no "
            "-m arr_course.dino --out runs/dino-ti")
@@ -207,16 +219,16 @@ def main(args=None):
     learner = train(a.out, a.steps, cfg=replace(TRAIN, batch_size=a.batch_size, seed=a.seed))
     if learner.acc.is_main_process: print(export(learner, a.out))
 
-# %% ../nbs/06a_dino.ipynb #b336cbc5
+# %% ../nbs/06a_dino.ipynb #4014c70a
 if __name__ == "__main__" and "__file__" in globals(): main()                 # not in a notebook
 
-# %% ../nbs/06a_dino.ipynb #43bcf667
+# %% ../nbs/06a_dino.ipynb #57a2dc17
 def cls_attention(vit: ViT, x: torch.Tensor, layer: int = -1) -> torch.Tensor:
     "How much CLS attends to each patch in one block: `(b, 3, H, W)` pixels to `(b, heads, h, w)`."
     a = vit.attentions(x, layer)[:, :, 0, vit.cfg.prefix:]
     return a.unflatten(2, [s // vit.cfg.patch_size for s in x.shape[2:]])
 
-# %% ../nbs/06a_dino.ipynb #b11d0917
+# %% ../nbs/06a_dino.ipynb #3dea94aa
 def pca_rgb(patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     "Three principal components of the patches `(b, n, d)` of all images together, stretched to 0..1: `(b, h, w, 3)`."
     x = patches.float().flatten(0, 1)
@@ -225,7 +237,7 @@ def pca_rgb(patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     low, high = y.quantile(.02, 0), y.quantile(.98, 0)
     return ((y - low) / (high - low)).clamp(0, 1).view(len(patches), *grid, 3)
 
-# %% ../nbs/06a_dino.ipynb #0e424d8f
+# %% ../nbs/06a_dino.ipynb #0ff3a14b
 def correspond(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "For each patch of `a` `(n, d)` the most similar one of `b` `(m, d)`: indices `(n,)` and cosines `(n,)`."
     cosine, index = (F.normalize(a.float(), dim=1) @ F.normalize(b.float(), dim=1).T).max(1)
