@@ -222,13 +222,13 @@ def main(args=None):
 # %% ../nbs/06a_dino.ipynb #4014c70a
 if __name__ == "__main__" and "__file__" in globals(): main()                 # not in a notebook
 
-# %% ../nbs/06a_dino.ipynb #57a2dc17
+# %% ../nbs/06a_dino.ipynb #cab9ac41
 def cls_attention(vit: ViT, x: torch.Tensor, layer: int = -1) -> torch.Tensor:
     "How much CLS attends to each patch in one block: `(b, 3, H, W)` pixels to `(b, heads, h, w)`."
     a = vit.attentions(x, layer)[:, :, 0, vit.cfg.prefix:]
     return a.unflatten(2, [s // vit.cfg.patch_size for s in x.shape[2:]])
 
-# %% ../nbs/06a_dino.ipynb #3dea94aa
+# %% ../nbs/06a_dino.ipynb #034adb78
 def pca_rgb(patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     "Three principal components of the patches `(b, n, d)` of all images together, stretched to 0..1: `(b, h, w, 3)`."
     x = patches.float().flatten(0, 1)
@@ -237,7 +237,7 @@ def pca_rgb(patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     low, high = y.quantile(.02, 0), y.quantile(.98, 0)
     return ((y - low) / (high - low)).clamp(0, 1).view(len(patches), *grid, 3)
 
-# %% ../nbs/06a_dino.ipynb #0ff3a14b
+# %% ../nbs/06a_dino.ipynb #404f592b
 def correspond(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "For each patch of `a` `(n, d)` the most similar one of `b` `(m, d)`: indices `(n,)` and cosines `(n,)`."
     cosine, index = (F.normalize(a.float(), dim=1) @ F.normalize(b.float(), dim=1).T).max(1)

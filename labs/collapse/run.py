@@ -19,6 +19,7 @@ from arr_course.dino import DISTILL, PREPROCESS, SMALL_VIEWS, TRAIN, Twins, View
 from arr_course.encoder import ViTEncoder
 from arr_course.learner import TrainConfig
 from arr_course.probes import concept_crops, knn_classify, read_features
+from arr_course.runs import read_log
 from arr_course.selfsup import DistillConfig, effective_rank, entropies, gram, norm_outliers
 from arr_course.vit import ViTConfig
 from arr_course.world import paint, patch_cover, sample_scene
@@ -118,7 +119,7 @@ def registers(number, steps, seed):
 def first_minutes(weight, steps, seed):
     "The recipe of arr/dino-ti on small views with this weight of the contrastive term: k-NN on concept crops after a few steps."
     start = time.perf_counter()
-    cfg = replace(TRAIN, batch_size=24, seed=seed, precision="no")
+    cfg = replace(TRAIN, batch_size=24, seed=seed)
     learner = train(None, steps, distill=replace(DISTILL, contrast=weight), cfg=cfg, data=Twins(SMALL_VIEWS, seed=seed))
     encoder = ViTEncoder("pilot", backbone(learner.model), PREPROCESS, "none")
     (a, ya), (b, yb) = concept_crops(1040, "train", seed=5), concept_crops(520, "test", seed=6)
@@ -135,10 +136,15 @@ def main():
     p.add_argument("--first", type=int, default=70)
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
     p.add_argument("--only", choices=["collapse", "gram", "registers", "contrast"])
+    p.add_argument("--thin", type=Path, metavar="RUN", help="only store every fifth row of the log of this run of arr/dino-ti")
     p.add_argument("--out", type=Path, default=here / "results")
     a = p.parse_args()
     torch.set_num_threads(1)
     facts = lambda: provenance("numpy", "accelerate", seed=a.seeds[0], command="python labs/collapse/run.py")
+    if a.thin:
+        rows = [{k: round(v, 4) for k, v in r.items()} for r in read_log(a.thin / "log.jsonl")[::5]]
+        command = "python labs/collapse/run.py --thin runs/dino-ti"
+        return write_json(a.out / "dino-ti-log.json", dict(rows=rows, **provenance(command=command)))
     if a.only in (None, "collapse"):
         runs = []
         for seed in a.seeds:
