@@ -205,7 +205,7 @@ def export(learner: Learner, folder: str | Path, **facts) -> Path:
     "Write the teacher's backbone and its card, `dino-ti.safetensors` and `dino-ti.json`, in half precision; `facts` go to the card."
     cfg = learner.cfg
     return save_card("dino-ti", backbone(learner.model), PREPROCESS, folder, dtype=torch.float16, **{**dict(
-        recipe="DINO + iBOT + KoLeo on scenes of one thing, without labels", command=COMMAND, seed=cfg.seed, steps=cfg.steps,
+        recipe="DINO + iBOT + KoLeo + contrastive term on scenes of one thing, without labels", command=COMMAND, seed=cfg.seed, steps=cfg.steps,
         data=f"arr_course.dino.Twins, {cfg.steps * cfg.batch_size} pairs of generated scenes", seconds=round(learner.seconds), metrics={}, licence="Apache-2.0"), **facts})
 
 def main(args=None):
