@@ -51,7 +51,7 @@ def one_thing(rng: random.Random, name: str) -> Scene:
 def twins(
     seed: int,
     split: str = "train",
-    restage: float = .5,    # How often the second scene is a new one, rather than the first on another background
+    restage: float = 0.,    # How often the second scene is a new one of the same concept, rather than the first on another background
 ) -> tuple[Scene, Scene]:
     "Two scenes of the same thing: the background always differs; with `restage`, so do place, size, disc and neighbours."
     rng = random.Random(f"{split}/twins/{seed}")
@@ -129,7 +129,7 @@ class Twins(Dataset):
     def __init__(self,
         kinds=LARGE_VIEWS,       # Global views, local views
         split: str = "train",
-        restage: float = .5,     # See `twins`
+        restage: float = 0.,     # See `twins`
         patch_size: int = 14,
         seed: int = 0,           # Of the views; the scenes follow from the index
         early=None,              # Kinds of view of the first items, `kinds` by default
@@ -178,7 +178,7 @@ def train(
     data: Twins | None = None,        # Default: small views first, then large ones
     after_step=None,                  # `after_step(model, step)`, called when the teacher has followed
 ) -> Learner:
-    "Train student and teacher; the same call in each process of `accelerate launch`. The learner's `model` holds both."
+    "Train student and teacher; the same call in each process of `torchrun`. The learner's `model` holds both."
     torch.manual_seed(cfg.seed)
     data = data or Twins(early=SMALL_VIEWS, switch=int(EARLY * steps) * cfg.batch_size, seed=cfg.seed)
     cfg = replace(cfg, steps=steps, warmup=min(cfg.warmup, max(1, steps // 10)))
@@ -198,8 +198,7 @@ def backbone(model: SelfDistill) -> ViT:
 
 # %% ../nbs/06a_dino.ipynb #b336cbc5
 PREPROCESS = Preprocess((112, 112), (.5,) * 3, (.5,) * 3, resize="squash")
-COMMAND = ("accelerate launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no "
-           "-m arr_course.dino --out runs/dino-ti")
+COMMAND = "torchrun --standalone --nproc_per_node 2 -m arr_course.dino --out runs/dino-ti"
 
 def export(learner: Learner, folder: str | Path, **facts) -> Path:
     "Write the teacher's backbone and its card, `dino-ti.safetensors` and `dino-ti.json`, in half precision; `facts` go to the card."

@@ -97,7 +97,7 @@ def train(
     cfg: JointConfig = CONFIG,
     seed: int = 0,
 ) -> Joint:
-    "Train `arr/filip-ti`: crops of 112 pixels, then whole scenes. The same call in each process of `accelerate launch`."
+    "Train `arr/filip-ti`: crops of 112 pixels, then whole scenes. The same call in each process of `torchrun`."
     torch.manual_seed(seed)
     texts, model = word_texts(load_text("pkg/minilm", device="cpu").encode), Joint(cfg)
     for i, (name, (densities, tc)) in enumerate(stages.items()):
