@@ -225,7 +225,7 @@ def test_export_loads_from_the_zoo(tmp_path, monkeypatch):
     with torch.no_grad(): want = dino.backbone(learner.model).features(x)
     torch.testing.assert_close(encoder.encode(x).cls.cpu(), want.cls, atol=.02, rtol=.02)
     card = json.loads((tmp_path / "dino-ti.json").read_text())
-    assert card["steps"] == 2 and "accelerate launch" in card["command"]
+    assert card["steps"] == 2 and "torchrun" in card["command"]
 
 
 def test_two_processes_are_one(tmp_path):
