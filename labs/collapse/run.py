@@ -133,7 +133,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--steps", type=int, default=120)
     p.add_argument("--long", type=int, default=400)
-    p.add_argument("--first", type=int, default=70)
+    p.add_argument("--first", type=int, default=220)
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
     p.add_argument("--only", choices=["collapse", "gram", "registers", "contrast"])
     p.add_argument("--thin", type=Path, metavar="RUN", help="only store every fifth row of the log of this run of arr/dino-ti")
