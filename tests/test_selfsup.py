@@ -235,13 +235,13 @@ from test_selfsup import *
 for balance in ("sinkhorn", "centre"):
     distill, cfg = replace(SMALL, koleo=0., contrast=1., balance=balance), replace(TRAIN, steps=3, batch_size=8, lr=1e-4)
     learner = dino.train(None, 3, TINY, distill, cfg, dino.Twins(KINDS))
+    assert learner.acc.num_processes == int(os.environ.get("WORLD_SIZE", 1)) == (2 if "two-" in sys.argv[1] else 1)
     if learner.acc.is_main_process: torch.save(learner.model.state_dict(), sys.argv[1] + balance)
 """
     (tmp_path / "t.py").write_text(code)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, tmp_path / "t.py", tmp_path / "one-"], check=True, env=env, cwd=root)
-    options = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
-    launch = ["-m", "accelerate.commands.launch", *options]
+    launch = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
     subprocess.run([sys.executable, *launch, tmp_path / "t.py", tmp_path / "two-"], check=True, env=env, cwd=root)
     for balance in ("sinkhorn", "centre"):
         one, two = (torch.load(tmp_path / f"{n}-{balance}", weights_only=True) for n in ("one", "two"))
