@@ -33,6 +33,7 @@ FULL = DistillConfig(
     steps=1, prototypes=128, hidden=128, bottleneck=64, teacher_temp=(.01, .03), temp_warmup=1., momentum=(.9, 1.),
     ibot=0., koleo=.3)
 DINO = replace(FULL, balance="centre", koleo=0.)
+RESTAGE = .5  # half of these pairs show one concept in two scenes; the shipped encoder never sees such a pair
 VARIANTS = {
     "sinkhorn, KoLeo": FULL,
     "sinkhorn, no KoLeo": replace(FULL, koleo=0.),
@@ -56,8 +57,8 @@ def measure(model, batch):
 
 def collapse(name, distill, steps, seed, every=10):
     "One training, measured every few steps on the same held-out batch."
-    data = Twins(KINDS, patch_size=VIT.patch_size, seed=seed)
-    held_out = data.collate([Twins(KINDS, "val", patch_size=VIT.patch_size)[i] for i in range(64)])
+    data = Twins(KINDS, restage=RESTAGE, patch_size=VIT.patch_size, seed=seed)
+    held_out = data.collate([Twins(KINDS, "val", RESTAGE, patch_size=VIT.patch_size)[i] for i in range(64)])
     curve, start = [], time.perf_counter()
     def watch(model, step):
         if step > 1 and step % every: return
@@ -99,7 +100,7 @@ def long_run(weight, steps, seed, every):
         curve.append(dict(step=step, probe=round(hit, 4), drift=drift and round(drift, 6)))
         model.train()
     start = time.perf_counter()
-    data = Twins(KINDS, patch_size=VIT.patch_size, seed=seed)
+    data = Twins(KINDS, restage=RESTAGE, patch_size=VIT.patch_size, seed=seed)
     train(None, steps, VIT, distill, replace(CFG, seed=seed, lr=2e-3), data, after_step=watch)
     return dict(gram=weight, seed=seed, steps=steps, curve=curve, seconds=round(time.perf_counter() - start, 1))
 
@@ -107,7 +108,7 @@ def long_run(weight, steps, seed, every):
 def registers(number, steps, seed):
     "A training with this many registers: how far do the norms of patches stand out afterwards?"
     start, vit = time.perf_counter(), replace(VIT, reg_tokens=number)
-    data = Twins(KINDS, patch_size=VIT.patch_size, seed=seed)
+    data = Twins(KINDS, restage=RESTAGE, patch_size=VIT.patch_size, seed=seed)
     learner = train(None, steps, vit, replace(FULL, ibot=1.), replace(CFG, seed=seed, lr=2e-3), data)
     x = torch.stack([torch.tensor(picture(i)[0]) for i in range(80)])
     with torch.no_grad(): f = backbone(learner.model).features(x).patches
@@ -120,7 +121,8 @@ def first_minutes(weight, steps, seed):
     "The recipe of arr/dino-ti on small views with this weight of the contrastive term: k-NN on concept crops after a few steps."
     start = time.perf_counter()
     cfg = replace(TRAIN, batch_size=24, seed=seed)
-    learner = train(None, steps, distill=replace(DISTILL, contrast=weight), cfg=cfg, data=Twins(SMALL_VIEWS, seed=seed))
+    data = Twins(SMALL_VIEWS, restage=RESTAGE, seed=seed)
+    learner = train(None, steps, distill=replace(DISTILL, contrast=weight), cfg=cfg, data=data)
     encoder = ViTEncoder("pilot", backbone(learner.model), PREPROCESS, "none")
     (a, ya), (b, yb) = concept_crops(1040, "train", seed=5), concept_crops(520, "test", seed=6)
     za, zb = (read_features(encoder, o, layers=())["last/cls"] for o in (a, b))
