@@ -211,7 +211,7 @@ def train_dino(out: Path, seed: int, fast: bool):
     from arr_course import dino
     cfg = quick(replace(dino.TRAIN, seed=seed), fast)
     learner = dino.train(out, steps=cfg.steps, cfg=cfg)
-    facts = dict(recipe="ViT-Ti/14 with registers: DINO, iBOT and KoLeo, without names", steps=cfg.steps, seconds=round(learner.seconds),
+    facts = dict(recipe="ViT-Ti/14 with registers: DINO, iBOT, KoLeo and a contrastive loss between views, without names", steps=cfg.steps, seconds=round(learner.seconds),
                  data=f"{cfg.steps * cfg.batch_size} generated pairs of scenes of split train")
     return dino.backbone(learner.model), dino.PREPROCESS, facts
 
