@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'show', 'fail', 'doctor', 'photos', 'models', 'read_labels', 'save_masks', 'toolkit', 'save_scenes', 'world',
-           'metric_table', 'evaluate', 'launch', 'train', 'main']
+           'metric_table', 'measure', 'evaluate', 'launch', 'train', 'main']
 
 # %% ../nbs/99_cli.ipynb #a95df49d
 import json, os, subprocess, sys
@@ -144,21 +144,30 @@ def metric_table(result: dict):
     for k, m in result["metrics"].items(): table.add_row(k, f"{m['value']:.3f}", f"{m['low']:.3f} to {m['high']:.3f}", str(m["n"]))
     return table
 
+def measure(name, density, n, seed, parts, precision, progress) -> dict:
+    "`evaluate` of an encoder, or `examine` of a VLM: the name's card says which it is."
+    from arr_course.zoo import KINDS, read_card
+    if not name.startswith("arr/") or KINDS.get(read_card(name)["architecture"]) != "vlm":
+        from arr_course.evaluate import evaluate as of_encoder
+        return of_encoder(name, density, n, seed, parts, precision, progress)
+    from arr_course.vqa_evaluate import examine
+    if parts: raise ValueError(f"{name} is a VLM: it is measured by its answers, and has no parts")
+    return examine(name, density, n, seed, precision=precision, progress=progress)
+
 @app.command()
 def evaluate(
-    name: Annotated[str, typer.Argument(help="An image encoder that `arr-course models` lists.")],
+    name: Annotated[str, typer.Argument(help="An image encoder or a VLM that `arr-course models` lists.")],
     density: Annotated[str, typer.Option(help="`dense` or `sparse`.")] = "dense",
-    n: Annotated[int, typer.Option(min=2, help="Scenes for the grounding metrics.")] = 2000,
+    n: Annotated[int, typer.Option(min=2, help="Scenes for the grounding metrics; of a VLM, questions in pairs.")] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Which scenes: another seed, other scenes.")] = 0,
-    parts: Annotated[str | None, typer.Option(help="Some of grounding,knn,dense; default: all that the encoder can do.")] = None,
+    parts: Annotated[str | None, typer.Option(help="Of an encoder, some of grounding,knn,dense; default: all that it can do.")] = None,
     precision: Annotated[str, typer.Option(help="`fp32`, `bf16`, or `auto`: bf16 where it is faster.")] = "auto",
     json_file: Annotated[str | None, typer.Option("--json", metavar="PATH", help="Write the result here; `-` prints it instead of the table.")] = None,
 ):
-    "Measure an encoder on fresh scenes: where it sees what it is asked for, k-NN, segmentation; with 95 % intervals."
+    "Measure an encoder (where it sees what it is asked for, k-NN, segmentation) or a VLM (answers, controls) on fresh scenes; 95 % intervals."
     from arr_course.core import write_json
-    from arr_course.evaluate import evaluate as measure
-    asked = [p.strip() for p in parts.split(",")] if parts else None
-    try: result = measure(name, density, n, seed, asked, precision, progress=sys.stderr.isatty())
+    asked, show_progress = [p.strip() for p in parts.split(",")] if parts else None, sys.stderr.isatty()
+    try: result = measure(name, density, n, seed, asked, precision, show_progress)
     except (ValueError, LookupError, OSError, TypeError, MissingExtra) as e: fail(e)
     if json_file == "-": return typer.echo(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
     show(metric_table(result))
@@ -175,18 +184,20 @@ def launch(processes: int, args: list[str]) -> int:
 
 @app.command()
 def train(
-    name: Annotated[str, typer.Argument(help="`filip-ti` or `dino-ti`.")],
+    name: Annotated[str, typer.Argument(help="`filip-ti`, `dino-ti`, `vlm-mlp`, or another recipe.")],
     out: Annotated[Path | None, typer.Option(help="Checkpoints, log, weights and model card; by default runs/NAME.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="How many share the work; on CPUs, as many as there are cores.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of the first weights.")] = 0,
-    n: Annotated[int, typer.Option(min=2, help="Scenes to evaluate on at the end.")] = 2000,
+    n: Annotated[int, typer.Option(min=4, help="Scenes or questions to evaluate on at the end.")] = 2000,
     quick: Annotated[bool, typer.Option("--quick", help="A few steps and scenes, to see that everything works.")] = False,
 ):
-    "Train a shipped encoder from nothing, evaluate it, write its weights and card. The same command continues a stopped run."
+    "Train a shipped encoder or VLM from nothing, evaluate it, write its weights and card. The same command continues a stopped run."
     from arr_course.evaluate import RECIPES
-    from arr_course.evaluate import train as run
     from arr_course.runs import CheckpointError
-    if name not in RECIPES: fail(f"no recipe {name!r}: choose one of {', '.join(RECIPES)}")
+    from arr_course.tuning import SHIPPED
+    if name not in (*RECIPES, *SHIPPED): fail(f"no recipe {name!r}: choose one of {', '.join((*RECIPES, *SHIPPED))}")
+    if name in RECIPES: from arr_course.evaluate import train as run
+    else: from arr_course.vqa_evaluate import train_shipped as run
     out = out or Path("runs") / name
     if processes > 1 and "WORLD_SIZE" not in os.environ:
         args = ["train", name, "--out", str(out), "--processes", str(processes), "--seed", str(seed), "--n", str(n)]

@@ -75,7 +75,7 @@ def _packaged(name, kind, loader):
     if (path := packaged_file(name)) is None: raise ModelNotFound(_cannot(name, f"the package is not installed: {p.pip}"))
     return verify(path, p.sha256)
 
-LOADER = {"image": "load", "image-text": "load", "text": "load_text", "lm": "load_lm"}
+LOADER = {"image": "load", "image-text": "load", "text": "load_text", "lm": "load_lm", "vlm": "vlm.load_vlm"}
 
 # %% ../nbs/04_zoo.ipynb #201520d2
 def rename_by_order(model, theirs: dict):
@@ -130,7 +130,7 @@ def weights_dirs() -> list[Path]:
 
 def save_card(
     name: str,                # Without `arr/`; becomes the file name
-    model: ViT | Joint,       # What to save
+    model: ViT | Joint,       # What to save; or a `VLM`
     preprocess: Preprocess,   # The transform that it was trained with
     folder: str | os.PathLike,
     dtype: torch.dtype | None = None,  # How to store the numbers, e.g. `torch.float16`; as they are by default
@@ -148,7 +148,7 @@ def save_card(
         sha256=sha256(path), bytes=path.stat().st_size, parameters=sum(p.numel() for p in model.parameters()),
         dtype=str(dtype or next(model.parameters()).dtype).removeprefix("torch."), **provenance("safetensors", "timm", **facts)))
 
-KINDS = {"ViT": "image", "Joint": "image-text"}     # what the course trains, and what it can do
+KINDS = {"ViT": "image", "Joint": "image-text", "VLM": "vlm"}     # what the course trains, and what it can do
 
 def _stored(model, dtype):
     "A model's tensors as they go into the file; a `ValueError` where a number does not survive the precision."
@@ -176,6 +176,7 @@ def _built(card):
 def _load_shipped(name, rest, device=None) -> Encoder:
     "One of the course's own models: the hash in its card is checked before a tensor is read."
     card = read_card(name)
+    if KINDS.get(card["architecture"]) == "vlm": raise TypeError(f"{name} is a whole VLM; load it with arr_course.vlm.load_vlm")
     if not card["path"].with_suffix(".safetensors").is_file():
         raise ModelNotFound(_cannot(name, "its card is here, but its weights are missing"))
     path = verify(card["path"].with_suffix(".safetensors"), card["sha256"])

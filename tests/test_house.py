@@ -92,7 +92,8 @@ def test_modules_are_short(path):
 
 ORDER = ["core", "photos", "images", "concepts", "world", "questions", "pairs", "positions", "attention", "vit", "vit_convert",
          "runs", "learner", "encoder", "hub", "gguf_llama", "joint", "zoo", "contrastive", "filip", "selfsup", "dino", "probes",
-         "dense", "lora", "grounding", "evaluate", "neighbours", "zero_shot", "embed", "label_free", "masks", "page", "report",
+         "dense", "lora", "grounding", "evaluate", "connectors", "qformer", "abstractors", "vocab", "decoder", "generate", "vqa", "vlm",
+         "tuning", "blip2", "flamingo", "metrics", "reader", "vqa_evaluate", "neighbours", "zero_shot", "embed", "label_free", "masks", "page", "report",
          "doctor", "cli"]
 
 
