@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLOCKS', 'DECODER', 'SHIPPED', 'STAGES', 'QUERIES', 'start_words', 'start_connector', 'start_alike', 'start_places',
-           'start', 'answer_loss', 'grounding_loss', 'Stage', 'lesson_loss', 'set_trainable', 'run_stage', 'train_vlm']
+           'start', 'answer_loss', 'named_words', 'attention_on', 'grounding_loss', 'Stage', 'lesson_loss', 'looks',
+           'set_trainable', 'run_stage', 'train_vlm']
 
 # %% ../nbs/09e_tuning.ipynb #97b4fb48
 import math
@@ -69,25 +70,30 @@ def start(model: VLM, encoder, words=True, connector=True, alike=1., places=1.5)
     if places and model.places is not None: start_places(model, model.decoder.cfg.embed_dim - encoder.model.cfg.joint_dim, places)
     return model
 
-# %% ../nbs/09e_tuning.ipynb #bda6c69e
-BLOCKS = (0, 2)   # Whose attention is taught: of named words (kind 0), of question marks (kind 1)
+# %% ../nbs/09e_tuning.ipynb #4254348b
+BLOCKS = dict(word=0, pointer=1, mark=2)   # Whose attention is taught where: named words, question marks on named words, question marks on patches
 
 def answer_loss(logits: torch.Tensor, labels: torch.Tensor):
     "Cross-entropy of labelled tokens `(l, v)` and `(l,)`, and the share of them that is right."
     return F.cross_entropy(logits.float(), labels), (logits.argmax(-1) == labels).float().mean()
 
-def grounding_loss(weights: dict, rows: torch.Tensor, evidence: torch.Tensor):
-    "Mean minus log of the attention on the evidence, for each kind; and the mean attention. `weights`: block -> [`(b, heads, t, k)` of text on patches]."
-    total, mass = 0., {}
-    for kind, block in enumerate(BLOCKS):
-        use = (rows[:, 2] == kind) & evidence.any(1)                                      # evidence that was not kept cannot be found
-        if not use.any(): continue
-        picture, token = rows[use, 0], rows[use, 1]
-        found = (weights[block][0][picture, :, token].float().mean(1) * evidence[use]).sum(1)
-        total, mass[f"found{kind}"] = total - (found + 1e-5).log().mean(), found.mean()
-    return total, mass
+def named_words(rows: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
+    "For each evidence row `(r, 3)`: which tokens are named words of the same question, `(r, t)` bool."
+    named = torch.zeros_like(segments, dtype=torch.bool)
+    picture, token, kind = rows.unbind(1)
+    named[picture[kind == 0], token[kind == 0]] = True
+    return named[picture] & (segments[picture] == segments[picture, token][:, None])
 
-# %% ../nbs/09e_tuning.ipynb #94151195
+def attention_on(weights: torch.Tensor, rows: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    "Attention `(b, heads, t, k)` of each row's token on its targets `(r, k)`, summed over targets and averaged over heads: `(r,)`."
+    return (weights[rows[:, 0], :, rows[:, 1]].float().mean(1) * target).sum(1)
+
+def grounding_loss(found: dict[str, torch.Tensor]):
+    "Mean of minus log of each kind of attention mass `(r,)`, added up; and the mean masses."
+    found = {k: v for k, v in found.items() if len(v)}                                    # evidence that was not kept cannot be found
+    return sum(-(v + 1e-5).log().mean() for v in found.values()), {f"found_{k}": v.mean() for k, v in found.items()}
+
+# %% ../nbs/09e_tuning.ipynb #21a9c2dd
 @dataclass(frozen=True)
 class Stage:
     "What a stage of training trains, on what, and with which budgets."
@@ -108,15 +114,24 @@ def lesson_loss(model, batch: dict, stage: Stage, objectness, grid: tuple[int, i
     features = batch["features"].float()
     k = draw_budget(stage.low, stage.high, features.shape[1], stage.full)
     index = draw_subset(objectness(features), k, stage.random)
-    weights = {b: [] for b in BLOCKS} if stage.ground and len(batch["rows"]) else None
+    weights = {b: [] for b in BLOCKS.values()} if stage.ground and len(batch["rows"]) else None
     labelled = batch["labels"] >= 0
     logits = model(select_rows(features, index, grid), batch["tokens"], batch["segments"], batch["places"], weights, labelled)
     loss, right = answer_loss(logits, batch["labels"][labelled])
     out = dict(answer=loss, right=right)
     if weights is None: return loss, out
-    on_patches = {b: [w[0][:, :, -batch["tokens"].shape[1]:, 1:1 + k]] for b, w in weights.items()}   # rows of text, columns of patches
-    found, mass = grounding_loss(on_patches, batch["rows"], batch["evidence"].gather(1, index[batch["rows"][:, 0]]))
-    return loss + stage.ground * found, out | mass
+    ground, found = grounding_loss(looks(weights, batch, index))
+    return loss + stage.ground * ground, out | found
+
+def looks(weights: dict, batch: dict, index: torch.Tensor) -> dict[str, torch.Tensor]:
+    "The attention masses that are taught. `weights`: block -> [`(b, heads, m + t, m + t)`], the m being `<bos>` and the patches `index (b, k)`."
+    rows, t, k = batch["rows"], batch["segments"].shape[1], index.shape[1]
+    text = {name: weights[block][0][:, :, -t:] for name, block in BLOCKS.items()}         # what text attends to
+    evidence, named = batch["evidence"].gather(1, index[rows[:, 0]]), named_words(rows, batch["segments"])
+    use = dict(word=(rows[:, 2] == 0) & evidence.any(1), mark=(rows[:, 2] == 1) & evidence.any(1), pointer=(rows[:, 2] == 1) & named.any(1))
+    target = dict(word=evidence, mark=evidence, pointer=named)
+    part = dict(word=slice(1, 1 + k), mark=slice(1, 1 + k), pointer=slice(-t, None))
+    return {name: attention_on(text[name][..., part[name]], rows[use[name]], target[name][use[name]]) for name in BLOCKS}
 
 # %% ../nbs/09e_tuning.ipynb #d69c902b
 def set_trainable(model: VLM, what: str) -> None:
@@ -139,14 +154,14 @@ def run_stage(
     learner.fit()
     return learner.ema.model(learner.model) if learner.ema else learner.model
 
-# %% ../nbs/09e_tuning.ipynb #73d4ba37
+# %% ../nbs/09e_tuning.ipynb #1136eb6d
 DECODER = dict(embed_dim=256, depth=4, num_heads=4, num_kv_heads=2, mlp_dim=512)
 SHIPPED = {"vlm-mlp": ("mlp", dict(hidden=384, skip=True))}
 for n in (32, 64):
     SHIPPED[f"vlm-qformer-{n}"] = "qformer", dict(num_queries=n, embed_dim=192, depth=2, num_heads=3)
     SHIPPED[f"vlm-resampler-{n}"] = "resampler", dict(num_queries=n, depth=2, num_heads=3)
 _TRAIN = dict(batch_size=8, warmup=100, weight_decay=.05, betas=(.9, .98), log_every=50, save_every=250)
-STAGES = {"focus": Stage(TrainConfig(steps=3200, lr=1.2e-3, min_lr=4e-4, **_TRAIN)),
+STAGES = {"focus": Stage(TrainConfig(steps=2600, lr=1.2e-3, min_lr=4e-4, **_TRAIN)),
           "budgets": Stage(TrainConfig(steps=400, lr=4e-4, ema=.99, **_TRAIN), low=16, high=400, full=.25, random=.25)}
 QUERIES = {"questions": Stage(TrainConfig(steps=1000, lr=1e-3, **_TRAIN), low=64, high=576, full=.5, random=.25, ground=0.)}   # of connectors with queries
 
