@@ -144,6 +144,7 @@ def metric_table(result: dict):
     for k, m in result["metrics"].items(): table.add_row(k, f"{m['value']:.3f}", f"{m['low']:.3f} to {m['high']:.3f}", str(m["n"]))
     return table
 
+# %% ../nbs/99_cli.ipynb #c1a5e001
 def measure(name, density, n, seed, parts, precision, progress) -> dict:
     "`evaluate` of an encoder, or `examine` of a VLM: the name's card says which it is."
     from arr_course.zoo import KINDS, read_card
@@ -154,6 +155,7 @@ def measure(name, density, n, seed, parts, precision, progress) -> dict:
     if parts: raise ValueError(f"{name} is a VLM: it is measured by its answers, and has no parts")
     return examine(name, density, n, seed, precision=precision, progress=progress)
 
+# %% ../nbs/99_cli.ipynb #c1a5e002
 @app.command()
 def evaluate(
     name: Annotated[str, typer.Argument(help="An image encoder or a VLM that `arr-course models` lists.")],
@@ -182,6 +184,7 @@ def launch(processes: int, args: list[str]) -> int:
     how = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "--", "arr_course.cli"]   # -- : what follows is not for torch
     return subprocess.run([sys.executable, *how, *args], env=env).returncode
 
+# %% ../nbs/99_cli.ipynb #c1a5e003
 @app.command()
 def train(
     name: Annotated[str, typer.Argument(help="`filip-ti`, `dino-ti`, `vlm-mlp`, or another recipe.")],

@@ -51,7 +51,7 @@ def start_alike(model: VLM, scale: float = 1.) -> None:
         block.attn.k.weight.copy_(torch.cat(same))
         block.attn.q.weight.copy_(torch.cat([w for w in same for _ in range(cfg.num_heads // cfg.num_kv_heads)]))
 
-# %% ../nbs/09e_tuning.ipynb #698b1c2a
+# %% ../nbs/09e_tuning.ipynb #1bca7d3d
 @torch.no_grad()
 def start_places(model: VLM, own: int, length: float = 1.5) -> None:
     "Row and column vectors of this length: slow waves in the last `own` channels, half of them for rows and half for columns."
@@ -62,6 +62,7 @@ def start_places(model: VLM, own: int, length: float = 1.5) -> None:
         table.normal_(std=.1 * table.shape[1] ** -.5)
         table[:, start:start + own // 2] += torch.cat([angle.sin(), angle.cos()], 1) * (length / (own // 4) ** .5)
 
+# %% ../nbs/09e_tuning.ipynb #78725836
 def start(model: VLM, encoder, words=True, connector=True, alike=1., places=1.5) -> VLM:
     "All four, or some of them; returns the model."
     if words: start_words(model, encoder)
@@ -70,13 +71,15 @@ def start(model: VLM, encoder, words=True, connector=True, alike=1., places=1.5)
     if places and model.places is not None: start_places(model, model.decoder.cfg.embed_dim - encoder.model.cfg.joint_dim, places)
     return model
 
-# %% ../nbs/09e_tuning.ipynb #4254348b
+# %% ../nbs/09e_tuning.ipynb #9558f5b2
 BLOCKS = dict(word=0, pointer=1, mark=2)   # Whose attention is taught where: named words, question marks on named words, question marks on patches
 
+# %% ../nbs/09e_tuning.ipynb #694b381d
 def answer_loss(logits: torch.Tensor, labels: torch.Tensor):
     "Cross-entropy of labelled tokens `(l, v)` and `(l,)`, and the share of them that is right."
     return F.cross_entropy(logits.float(), labels), (logits.argmax(-1) == labels).float().mean()
 
+# %% ../nbs/09e_tuning.ipynb #0bb10a89
 def named_words(rows: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
     "For each evidence row `(r, 3)`: which tokens are named words of the same question, `(r, t)` bool."
     named = torch.zeros_like(segments, dtype=torch.bool)
@@ -84,16 +87,18 @@ def named_words(rows: torch.Tensor, segments: torch.Tensor) -> torch.Tensor:
     named[picture[kind == 0], token[kind == 0]] = True
     return named[picture] & (segments[picture] == segments[picture, token][:, None])
 
+# %% ../nbs/09e_tuning.ipynb #52740bad
 def attention_on(weights: torch.Tensor, rows: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     "Attention `(b, heads, t, k)` of each row's token on its targets `(r, k)`, summed over targets and averaged over heads: `(r,)`."
     return (weights[rows[:, 0], :, rows[:, 1]].float().mean(1) * target).sum(1)
 
+# %% ../nbs/09e_tuning.ipynb #9f27e71b
 def grounding_loss(found: dict[str, torch.Tensor]):
     "Mean of minus log of each kind of attention mass `(r,)`, added up; and the mean masses."
     found = {k: v for k, v in found.items() if len(v)}                                    # evidence that was not kept cannot be found
     return sum(-(v + 1e-5).log().mean() for v in found.values()), {f"found_{k}": v.mean() for k, v in found.items()}
 
-# %% ../nbs/09e_tuning.ipynb #21a9c2dd
+# %% ../nbs/09e_tuning.ipynb #6185e37a
 @dataclass(frozen=True)
 class Stage:
     "What a stage of training trains, on what, and with which budgets."
@@ -109,6 +114,7 @@ class Stage:
     def __post_init__(self):
         if self.train not in ("all", "connector", "decoder"): raise ValueError(f"train={self.train!r} is not one of all, connector, decoder")
 
+# %% ../nbs/09e_tuning.ipynb #1138c74c
 def lesson_loss(model, batch: dict, stage: Stage, objectness, grid: tuple[int, int]):
     "The loss of a batch from `collate_lessons`, and its figures. `objectness`: features to `(b, n)`."
     features = batch["features"].float()
@@ -123,6 +129,7 @@ def lesson_loss(model, batch: dict, stage: Stage, objectness, grid: tuple[int, i
     ground, found = grounding_loss(looks(weights, batch, index))
     return loss + stage.ground * ground, out | found
 
+# %% ../nbs/09e_tuning.ipynb #3826062f
 def looks(weights: dict, batch: dict, index: torch.Tensor) -> dict[str, torch.Tensor]:
     "The attention masses that are taught. `weights`: block -> [`(b, heads, m + t, m + t)`], the m being `<bos>` and the patches `index (b, k)`."
     rows, t, k = batch["rows"], batch["segments"].shape[1], index.shape[1]
@@ -133,11 +140,12 @@ def looks(weights: dict, batch: dict, index: torch.Tensor) -> dict[str, torch.Te
     part = dict(word=slice(1, 1 + k), mark=slice(1, 1 + k), pointer=slice(-t, None))
     return {name: attention_on(text[name][..., part[name]], rows[use[name]], target[name][use[name]]) for name in BLOCKS}
 
-# %% ../nbs/09e_tuning.ipynb #d69c902b
+# %% ../nbs/09e_tuning.ipynb #25db5940
 def set_trainable(model: VLM, what: str) -> None:
     "Freeze and unfreeze: `all`, `connector` (with `balance` and `places`), or `decoder`."
     for name, p in model.named_parameters(): p.requires_grad_(what == "all" or name.startswith("decoder.") == (what == "decoder"))
 
+# %% ../nbs/09e_tuning.ipynb #4b183209
 def run_stage(
     model: VLM,
     stage: Stage,
@@ -154,7 +162,7 @@ def run_stage(
     learner.fit()
     return learner.ema.model(learner.model) if learner.ema else learner.model
 
-# %% ../nbs/09e_tuning.ipynb #1136eb6d
+# %% ../nbs/09e_tuning.ipynb #9444707a
 DECODER = dict(embed_dim=256, depth=4, num_heads=4, num_kv_heads=2, mlp_dim=512)
 SHIPPED = {"vlm-mlp": ("mlp", dict(hidden=384, skip=True))}
 for n in (32, 64):
@@ -165,6 +173,7 @@ STAGES = {"focus": Stage(TrainConfig(steps=2600, lr=1.2e-3, min_lr=4e-4, **_TRAI
           "budgets": Stage(TrainConfig(steps=400, lr=4e-4, ema=.99, **_TRAIN), low=16, high=400, full=.25, random=.25)}
 QUERIES = {"questions": Stage(TrainConfig(steps=1000, lr=1e-3, **_TRAIN), low=64, high=576, full=.5, random=.25, ground=0.)}   # of connectors with queries
 
+# %% ../nbs/09e_tuning.ipynb #c59b45d0
 def train_vlm(
     out: str | Path,            # Folder of logs and checkpoints; a run that was stopped is continued
     encoder,                    # Frozen; its features are computed once
@@ -177,9 +186,10 @@ def train_vlm(
     rank: int = 0,              # Which of `world` processes this is
     world: int = 1,
     begin=start,                # `begin(model, encoder)` sets the first weights
+    progress: bool = True,      # A bar while features are computed
 ) -> VLM:
     "Train a VLM on stored scenes, stage by stage."
-    stores = [FeatureStore(encoder, d, scenes, folder=features, shard=min(256, scenes)).fill(rank, world) for d in densities]
+    stores = [FeatureStore(encoder, d, scenes, folder=features, shard=min(256, scenes)).fill(rank, world, progress) for d in densities]
     torch.manual_seed(seed)
     model, objectness = begin(VLM(cfg), encoder), Objectness(encoder)
     for name, stage in stages.items():

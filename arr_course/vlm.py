@@ -49,7 +49,7 @@ class VLMConfig:
         decoder = dict(embed_dim=32, depth=2, num_heads=4, num_kv_heads=2, mlp_dim=48)
         return cls(**dict(words=words, in_dim=16, decoder=decoder, grid=(4, 4)) | changes)
 
-# %% ../nbs/09_vlm.ipynb #47cdd3ff
+# %% ../nbs/09_vlm.ipynb #dbf423fa
 def prefix_mask(seen: torch.Tensor, how: str = "full") -> torch.Tensor:
     "Who sees whom in the prefix: `seen (b, m)` says which places are filled; `(b, m, m)`. An empty place sees itself, so that no row is empty."
     m = seen.shape[1]
@@ -57,17 +57,19 @@ def prefix_mask(seen: torch.Tensor, how: str = "full") -> torch.Tensor:
     if how == "causal": mask = mask.tril()
     return mask | torch.eye(m, dtype=torch.bool, device=seen.device)
 
+# %% ../nbs/09_vlm.ipynb #400c1dd3
 def packed_mask(seen: torch.Tensor, segments: torch.Tensor, how: str = "full") -> torch.Tensor:
     "The prefix `(b, m)`, and behind it questions `segments (b, t)`, each of which sees the prefix and its own earlier tokens: `(b, m + t, m + t)`."
     (b, m), t = seen.shape, segments.shape[1]
     own = (segments[:, :, None] == segments[:, None]).tril()                              # (b, t, t)
     return torch.cat([F.pad(prefix_mask(seen, how), (0, t)), torch.cat([seen[:, None].expand(b, t, m), own], 2)], 1)
 
+# %% ../nbs/09_vlm.ipynb #8cdd2f7c
 def prefix_ids(seen: torch.Tensor, how: str = "shared") -> torch.Tensor:
     "RoPE positions of `<bos>` and the visual tokens, `(b, m)`: 0, 1, 1, ... or 0, 1, 2, ...; empty places count nothing."
     return (seen.cumsum(1) - 1).clamp(min=0, max=1 if how == "shared" else None)
 
-# %% ../nbs/09_vlm.ipynb #b19710cd
+# %% ../nbs/09_vlm.ipynb #eba519fb
 class VLM(nn.Module):
     "`<bos>`, visual tokens, text: what LLaVA is, with four switches (`VLMConfig`)."
     def __init__(self, cfg: VLMConfig):
@@ -76,8 +78,7 @@ class VLM(nn.Module):
         self.decoder = Decoder(DecoderConfig(vocab_size=len(cfg.words), **cfg.decoder))
         d = self.decoder.cfg.embed_dim
         self.connector = connector(cfg.connector, cfg.in_dim, d, **cfg.settings)
-        self.balance = RMSNorm(d) if cfg.balance else None
-        self.places = RowCol(d, cfg.grid) if cfg.places else None
+        self.balance, self.places = RMSNorm(d) if cfg.balance else None, RowCol(d, cfg.grid) if cfg.places else None
         if cfg.balance: nn.init.constant_(self.balance.weight, d ** -.5)                  # length 1
 
     def visual(self, s: Selection) -> Visual:
@@ -102,7 +103,7 @@ class VLM(nn.Module):
         h = self.decoder(x, packed_mask(seen, segments, self.cfg.prefix), ids, weights=weights)[:, m:]
         return h if labelled is None else self.decoder.logits(h[labelled])
 
-# %% ../nbs/09_vlm.ipynb #cab5c9d5
+# %% ../nbs/09_vlm.ipynb #ff93d0cd
 @torch.no_grad()
 def read_picture(model: VLM, s: Selection | None, b: int = 1):
     "Keys and values of `<bos>` and the visual tokens, and which places are filled `(b, m)`."
@@ -110,6 +111,7 @@ def read_picture(model: VLM, s: Selection | None, b: int = 1):
     cache, _ = prefill(model.decoder, x, prefix_mask(seen, model.cfg.prefix), prefix_ids(seen, model.cfg.visual_ids))
     return cache, seen
 
+# %% ../nbs/09_vlm.ipynb #1644a2fe
 @torch.no_grad()
 def answer_ids(
     model: VLM,
@@ -135,7 +137,7 @@ def answer_ids(
     if width == 1: return greedy(model.decoder, cache, h, seen, after, max_new, EOS)
     return beam_search(model.decoder, cache, h, seen, after, width, max_new, EOS)[0]
 
-# %% ../nbs/09_vlm.ipynb #48b292b3
+# %% ../nbs/09_vlm.ipynb #55fe4c5d
 def answer(
     model: VLM,
     s: Selection | None,              # What it may see of b pictures; `None`: nothing
@@ -150,7 +152,7 @@ def answer(
     out = answer_ids(model, read_picture(model, s, b), [model.vocab.encode(q) for q in questions], rows, **kwargs)
     return [model.vocab.decode(o) for o in out]
 
-# %% ../nbs/09_vlm.ipynb #97b2148c
+# %% ../nbs/09_vlm.ipynb #317bcb4c
 class Assistant:
     "A frozen encoder and a VLM: pictures and questions in, answers out."
     def __init__(self, name: str, model: VLM, encoder):
@@ -167,6 +169,7 @@ class Assistant:
         "Answers about one picture, which is read once."
         return answer(self.model, self.see(image), list(questions), rows=[0] * len(questions), **kwargs)
 
+# %% ../nbs/09_vlm.ipynb #ae031006
 def load_vlm(name: str, device=None) -> Assistant:
     "A VLM of the course, with its encoder: the hash in its card is checked before a tensor is read."
     card = read_card(name)

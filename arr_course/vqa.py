@@ -44,7 +44,7 @@ def seen_words() -> dict[str, str]:
     out = {token: n for n in CONCEPTS for token in (n, many(n))}
     return out | {"sign": "sign"} | {c: f"{c} disc" for c in COLOURS} | {str(d): f"number {d}" for d in DIGITS}
 
-# %% ../nbs/09d_vqa.ipynb #762834ce
+# %% ../nbs/09d_vqa.ipynb #0d471208
 def encoded(encoder, scenes, bf16: bool = True, batch: int = 8) -> torch.Tensor:
     "Half-precision patches of scenes, `(n, n_patches, d)`."
     out = []
@@ -53,6 +53,7 @@ def encoded(encoder, scenes, bf16: bool = True, batch: int = 8) -> torch.Tensor:
             out.append(encoder.encode([render(s) for s in scenes[i:i + batch]]).patches.half().cpu())
     return torch.cat(out)
 
+# %% ../nbs/09d_vqa.ipynb #840b04ef
 def write_shard(path: Path, encoder, scenes, bf16: bool = True) -> None:
     "Features and packed masks of scenes, each written atomically, and at last the file that says that both are whole."
     masks = [np.packbits(patch_masks(paint_ids(s), len(s.things)), axis=1) for s in scenes]
@@ -62,7 +63,7 @@ def write_shard(path: Path, encoder, scenes, bf16: bool = True) -> None:
         with atomic_path(path.with_suffix(suffix)) as tmp, open(tmp, "wb") as f: write(f)
     write_json(path.with_suffix(".json"), {s: sha256(path.with_suffix(s)) for s in files})
 
-# %% ../nbs/09d_vqa.ipynb #4829f574
+# %% ../nbs/09d_vqa.ipynb #f61f1e97
 class FeatureStore:
     "Where frozen features of generated scenes lie on disk, and the patches of each thing; `fill` makes what is missing."
     def __init__(self,
@@ -88,7 +89,7 @@ class FeatureStore:
             write_shard(self.path(k), self.encoder, [self.scene(i) for i in range(k * self.shard, (k + 1) * self.shard)], bf16)
         return self
 
-# %% ../nbs/09d_vqa.ipynb #f2252ad9
+# %% ../nbs/09d_vqa.ipynb #ed44fe0b
 class StoredScenes:
     "What a full `FeatureStore` holds, verified. `stored[i]`: features `(n_patches, d)`, and the patches of each thing `(things, n_patches)`."
     def __init__(self, store: FeatureStore):
@@ -113,7 +114,7 @@ class StoredScenes:
         rows = self.masks[k]["masks"][ends[j - 1] if j else 0:ends[j]]
         return torch.from_numpy(np.array(features[j])), np.unpackbits(rows, axis=1, count=features.shape[1]).astype(bool)
 
-# %% ../nbs/09d_vqa.ipynb #723ce2f7
+# %% ../nbs/09d_vqa.ipynb #ec8cbcc2
 @dataclass(frozen=True)
 class Line:
     "One question as the model reads it, and which patches its tokens should find."
@@ -121,6 +122,7 @@ class Line:
     answer: list[int]                                     # Ends with `<eos>`
     evidence: tuple[tuple[int, int, np.ndarray], ...] = ()  # place in the prompt, 0 for a named word and 1 for the question mark, patches `(n,)` bool
 
+# %% ../nbs/09d_vqa.ipynb #5972d084
 def question_line(ix: SceneIndex, q: Question, masks: np.ndarray, vocab: Vocabulary) -> Line:
     "A question of a scene; `masks (things, n)` from `patch_masks`."
     prompt, found = vocab.encode(q.text), resolve(ix, q.type, q.args)[1]
@@ -131,11 +133,12 @@ def question_line(ix: SceneIndex, q: Question, masks: np.ndarray, vocab: Vocabul
         if shows and token in prompt: evidence.append((prompt.index(token), 0, masks[shows].any(0)))
     return Line(prompt, vocab.encode(q.answer) + [EOS], tuple(evidence))
 
+# %% ../nbs/09d_vqa.ipynb #b6341788
 def caption_line(scene: Scene, vocab: Vocabulary) -> Line:
     "The caption of a scene, after the prompt `caption:`."
     return Line(vocab.encode(CAPTION), vocab.encode(caption(scene) + ".") + [EOS])
 
-# %% ../nbs/09d_vqa.ipynb #743f5ada
+# %% ../nbs/09d_vqa.ipynb #8402361b
 def pack(lines: list[Line]) -> dict:
     "Lines one after the other: lists `tokens`, `segments`, `places`, `labels`, and the evidence's `rows` (token, kind) with `patches`."
     out = dict(tokens=[], segments=[], places=[], labels=[], rows=[], patches=[])
@@ -148,6 +151,7 @@ def pack(lines: list[Line]) -> dict:
         for place, kind, patches in line.evidence: out["rows"].append((start + place, kind)); out["patches"].append(patches)
     return out
 
+# %% ../nbs/09d_vqa.ipynb #eb54b268
 def collate_lessons(items: list[dict]) -> dict[str, torch.Tensor]:
     "Lessons of equal size to a batch: text padded to the longest; `rows (r, 3)` hold picture, token, kind of each evidence `(r, n)`."
     t = max(len(o["tokens"]) for o in items)
@@ -159,7 +163,7 @@ def collate_lessons(items: list[dict]) -> dict[str, torch.Tensor]:
                 labels=pad("labels", -100), rows=torch.tensor(rows, dtype=torch.long).view(-1, 3),
                 evidence=torch.from_numpy(np.stack(patches) if patches else np.zeros((0, n), bool)))
 
-# %% ../nbs/09d_vqa.ipynb #6db8951e
+# %% ../nbs/09d_vqa.ipynb #e793bcfe
 class Lessons(Dataset):
     "Endless lessons on stored scenes: `draws` questions of each type a picture, or its caption."
     def __init__(self,
@@ -181,12 +185,13 @@ class Lessons(Dataset):
         ix, seeds = SceneIndex(scene), rng.integers(2 ** 31, size=self.draws).tolist()
         return dict(pack([question_line(ix, q, masks, self.vocab) for s in seeds for q in ask(scene, s, self.types)]), features=features)
 
-# %% ../nbs/09d_vqa.ipynb #f8f2168d
+# %% ../nbs/09d_vqa.ipynb #38410c4a
 def draw_budget(low: int, high: int, n: int, full: float) -> int:
     "How many of n patches: all with probability `full`, else `low` to `high`, evenly on a logarithmic scale. From torch's generator."
     u, v = torch.rand(2).tolist()
     return n if u < full else min(n, round(low * (high / low) ** v))
 
+# %% ../nbs/09d_vqa.ipynb #c6c365e3
 def draw_subset(objectness: torch.Tensor, k: int, random: float = .25, noise: float = .05) -> torch.Tensor:
     "Which k patches of each picture: `(b, n)` scores to sorted `(b, k)`. With probability `random` any, else those of highest score plus noise."
     b, n = objectness.shape
@@ -194,6 +199,7 @@ def draw_subset(objectness: torch.Tensor, k: int, random: float = .25, noise: fl
     u = torch.rand(b, n, device=objectness.device)
     return (u if torch.rand(()) < random else objectness + noise * u).topk(k, 1).indices.sort(1).values
 
+# %% ../nbs/09d_vqa.ipynb #0a4b5a9e
 def select_rows(features: torch.Tensor, index: torch.Tensor, grid: tuple[int, int]) -> Selection:
     "Equally many patches of each picture as a `Selection`: features `(b, n, d)` and index `(b, k)`."
     (b, k), flat = index.shape, index.flatten()
@@ -201,7 +207,7 @@ def select_rows(features: torch.Tensor, index: torch.Tensor, grid: tuple[int, in
     ones = torch.ones(b * k, device=flat.device)
     return Selection(tokens, torch.full((b,), k, device=flat.device), flat, grid_pos(flat, grid), ones, grid)
 
-# %% ../nbs/09d_vqa.ipynb #bc54756f
+# %% ../nbs/09d_vqa.ipynb #cd3faad0
 class Objectness:
     "How much each patch looks like some word: the largest cosine with a name or the sign in the encoder's joint space."
     def __init__(self, encoder): self.project, self.words = encoder.model.image_proj, encoder.encode_text([*TRAINED, "sign"]).T

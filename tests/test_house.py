@@ -90,10 +90,11 @@ def test_modules_are_short(path):
     assert len(lines) <= 300, f"{len(lines)} lines"
 
 
-ORDER = ["core", "photos", "images", "concepts", "world", "questions", "pairs", "positions", "attention", "vit", "vit_convert",
-         "runs", "learner", "encoder", "hub", "gguf_llama", "joint", "zoo", "contrastive", "filip", "selfsup", "dino", "probes",
-         "dense", "lora", "grounding", "evaluate", "connectors", "qformer", "abstractors", "vocab", "decoder", "generate", "vqa", "vlm",
-         "tuning", "blip2", "flamingo", "metrics", "reader", "vqa_evaluate", "neighbours", "zero_shot", "embed", "label_free", "masks", "page", "report",
+ORDER = ["core", "photos", "images", "concepts", "world", "questions", "pairs", "positions", "attention", "vit",
+         "vit_convert", "runs", "learner", "encoder", "hub", "gguf_llama", "joint", "zoo", "contrastive", "filip",
+         "selfsup", "dino", "probes", "dense", "lora", "grounding", "evaluate", "connectors", "qformer",
+         "abstractors", "vocab", "decoder", "generate", "vqa", "vlm", "tuning", "blip2", "flamingo", "metrics",
+         "reader", "vqa_evaluate", "neighbours", "zero_shot", "embed", "label_free", "masks", "page", "report",
          "doctor", "cli"]
 
 

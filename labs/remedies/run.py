@@ -38,20 +38,22 @@ def run(name, encoder, stored, steps, seed):
     _, how, changes, ground = VARIANTS[name]
     cfg = VLMConfig(words=world_vocabulary().words, settings=dict(hidden=384, skip=True), decoder=DECODER)
     stage = STAGES["focus"]
-    stage = replace(stage, ground=ground, cfg=replace(stage.cfg, steps=steps, min_lr=stage.cfg.lr, seed=seed, log_every=min(25, steps), save_every=None))
+    train = replace(stage.cfg, steps=steps, min_lr=stage.cfg.lr, seed=seed, log_every=min(25, steps), save_every=None)
+    stage = replace(stage, ground=ground, cfg=train)
     torch.manual_seed(seed)
     model, objectness = start(VLM(replace(cfg, **changes)), encoder, **how), Objectness(encoder)
     loss = partial(lesson_loss, stage=stage, objectness=objectness, grid=cfg.grid)
     learner = Learner(model, loss, Lessons(stored, model.vocab, seed=seed), stage.cfg, collate=collate_lessons, find_unused=True)
     rows = learner.fit()
-    return dict(leaves_out=VARIANTS[name][0], steps=steps, seconds=round(learner.seconds), curve=[{k: round(v, 4) for k, v in r.items() if k in ("step", "answer", "right", "found0", "found1")} for r in rows])
+    keep = lambda r: {k: round(v, 4) for k, v in r.items() if k in ("step", "answer", "right") or k.startswith("found")}
+    return dict(leaves_out=VARIANTS[name][0], steps=steps, seconds=round(learner.seconds), curve=[keep(r) for r in rows])
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--steps", type=int, default=400)
+    p.add_argument("--steps", type=int, default=300)
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--scenes", type=int, default=8192, help="of each density; their features are computed once, in the cache folder")
+    p.add_argument("--scenes", type=int, default=8192, help="of each density; their features are computed once")
     p.add_argument("--features", help="folder of the features; default: in the cache folder")
     p.add_argument("--quick", action="store_true")
     p.add_argument("--out", type=Path, default=HERE / "results" / "remedies.json")
@@ -59,7 +61,8 @@ def main():
     if a.quick: a.steps, a.scenes = 2, 8
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     encoder = load("arr/filip-ti")
-    stored = [StoredScenes(FeatureStore(encoder, d, a.scenes, folder=a.features, shard=min(256, a.scenes)).fill()) for d in ("dense", "sparse")]
+    stores = [FeatureStore(encoder, d, a.scenes, folder=a.features, shard=min(256, a.scenes)) for d in ("dense", "sparse")]
+    stored = [StoredScenes(s.fill()) for s in stores]
     out = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else dict(runs={})
     for name in VARIANTS:
         if name in out["runs"]: continue
