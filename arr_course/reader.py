@@ -26,13 +26,14 @@ from .questions import REGIONS, TYPES, Question, ask
 from .vqa import Objectness, select_rows
 from .world import render, sample_scene
 
-# %% ../nbs/10a_reader.ipynb #1285d205
+# %% ../nbs/10a_reader.ipynb #c7342ae2
 def posterior(z: np.ndarray) -> np.ndarray:
     "Probabilities of the words of one group, beside 'none' with the logit 0: `(k, w)` to `(k, w)`."
     top = np.maximum(z.max(1, keepdims=True), 0)
     e = np.exp(z - top)
     return e / (e.sum(1, keepdims=True) + np.exp(-top))
 
+# %% ../nbs/10a_reader.ipynb #7fa95095
 @dataclass(frozen=True, eq=False)
 class Evidence:
     "What is left of one picture: k tokens with the logits of all words, their places, and how many patches each stands for."
@@ -58,7 +59,7 @@ class Evidence:
         if name not in self.names: raise ValueError(f"this reader knows no {name!r}: give it to SymbolicReader(names=...)")
         return self.names.index(name)
 
-# %% ../nbs/10a_reader.ipynb #f2b5ffe1
+# %% ../nbs/10a_reader.ipynb #f0ca1db9
 @dataclass(frozen=True)
 class Thresholds:
     "Five numbers that decide what counts as seen. They were chosen on the split `val` (section 6)."
@@ -68,6 +69,7 @@ class Thresholds:
     count: float = .5     # The same, where things are counted
     reach: float = 1.5    # How far a link reaches, in patches, where all are kept
 
+# %% ../nbs/10a_reader.ipynb #93737dff
 def components(
     pos: np.ndarray,    # `(k, 2)`: row and column
     reach: np.ndarray,  # `(k,)`: how far each one's links reach, in patches, along both axes
@@ -79,7 +81,7 @@ def components(
         if (twice == link).all(): return link.argmax(1)
         link = twice
 
-# %% ../nbs/10a_reader.ipynb #db239c19
+# %% ../nbs/10a_reader.ipynb #9371dfc6
 def islands(
     e: Evidence,
     name: str,                # A name, or `sign`
@@ -92,29 +94,34 @@ def islands(
     group = components(e.pos[some], t.reach * e.spacing[some])
     return [i for g in np.unique(group) if p[i := some[group == g]].max() >= least]
 
-# %% ../nbs/10a_reader.ipynb #7a8377d3
+# %% ../nbs/10a_reader.ipynb #a6c47800
 def main_island(e: Evidence, name: str, t: Thresholds = Thresholds()) -> np.ndarray:
     "The island of a name with the largest sum of probabilities."
     return max(islands(e, name, t), key=lambda i: (e.things[i, e.column(name)] * e.size[i]).sum())
 
+# %% ../nbs/10a_reader.ipynb #c84a049f
 def centre(e: Evidence, name: str, island: np.ndarray) -> np.ndarray:
     "The mean place of an island's tokens, each weighted by its probability: row and column, `(2,)`."
     w = e.things[island, e.column(name)] * e.size[island]
     return w @ e.pos[island] / w.sum()
 
+# %% ../nbs/10a_reader.ipynb #f6aba21a
 def _exists(e, t, name): return "yes" if e.logits[:, e.column(name)].max() > t.exists else "no"
 
+# %% ../nbs/10a_reader.ipynb #f4cc89bf
 def _count(e, t, name): return str(min(4, len(islands(e, name, t, t.count))))
 
+# %% ../nbs/10a_reader.ipynb #331540a3
 def _where(e, t, name):
     y, x = ((centre(e, name, main_island(e, name, t)) + .5) * 3 / e.grid).clip(0, 2.9).astype(int)
     return REGIONS[3 * y + x]
 
+# %% ../nbs/10a_reader.ipynb #398cf314
 def _relation(e, t, a, side, b):
     (y, x), (v, u) = (centre(e, n, main_island(e, n, t)) for n in (a, b))
     return "yes" if (x < u if side == "left of" else y < v) else "no"
 
-# %% ../nbs/10a_reader.ipynb #a5618cb6
+# %% ../nbs/10a_reader.ipynb #89ee1ddc
 TINY = 1e-4   # What is added to a probability before its logarithm is taken
 
 def _colour(e, t, name):
@@ -126,29 +133,33 @@ def _on_disc(e, disc):
 
 def _number(e, t): return str((np.log(e.things[:, e.column("sign"), None] + TINY) + e.logits[:, -10:]).max(0).argmax())
 
-# %% ../nbs/10a_reader.ipynb #833d78f4
+# %% ../nbs/10a_reader.ipynb #c4d05076
 DISC = .7   # A drawing's share of its disc's width
 
+# %% ../nbs/10a_reader.ipynb #4eb9f313
 def extent(e: Evidence, name: str, island: np.ndarray) -> tuple[float, float]:
     "How large the drawing of an island is: the longer side of its box, in patches, times 0.7 on a disc; then, for ties, the sum of probabilities."
     w, half = e.things[island, e.column(name)] * e.size[island], np.sqrt(e.size[island])[:, None] / 2
     side = ((e.pos[island] + half).max(0) - (e.pos[island] - half).min(0)).max()
     return side * (DISC if w @ e.discs[island].sum(1) > w.sum() / 2 else 1), w.sum()
 
+# %% ../nbs/10a_reader.ipynb #e5236a76
 def things_seen(e: Evidence, t: Thresholds = Thresholds()) -> list[tuple[str, np.ndarray]]:
     "Every thing with its name; at least two names, be they ever so faint."
     best = e.things.max(0)
     least = min(t.seen, np.sort(best)[-2])
     return [(e.names[c], i) for c in np.flatnonzero(best >= least) for i in islands(e, e.names[c], t, least)]
 
+# %% ../nbs/10a_reader.ipynb #41947a84
 def _compare(e, t, a, b): return "yes" if extent(e, a, main_island(e, a, t)) > extent(e, b, main_island(e, b, t)) else "no"
 
+# %% ../nbs/10a_reader.ipynb #8b698f3a
 def _describe(e, t):
     largest = {}
     for name, i in things_seen(e, t): largest[name] = max(largest.get(name, (0, 0)), extent(e, name, i))
     return " and ".join(sorted(sorted(largest, key=largest.get)[-2:]))
 
-# %% ../nbs/10a_reader.ipynb #6c907fe7
+# %% ../nbs/10a_reader.ipynb #ad0a0476
 def depth(
     at: np.ndarray,          # `(2,)`: row and column
     ninth: str,              # One of `REGIONS`
@@ -159,19 +170,22 @@ def depth(
     middle = (np.array(divmod(REGIONS.index(ninth), 3)) + .5) * side - .5
     return float(1 / (1 + np.exp(3 * (np.abs(at - middle) - side / 2).max())))
 
+# %% ../nbs/10a_reader.ipynb #eb1b3f2e
 def _name(e, t, place):
     if place.endswith(" disc"): return _on_disc(e, place)
     inside = lambda n, i: depth(centre(e, n, i), place, e.grid) * (e.things[i, e.column(n)] * e.size[i]).sum() ** .5
     return max(things_seen(e, t), key=lambda o: inside(*o))[0]
 
+# %% ../nbs/10a_reader.ipynb #5efe8ab6
 READ = dict(exists=_exists, count=_count, where=_where, colour=_colour, relation=_relation, compare=_compare, name=_name, number=_number,
             describe=_describe)
 
-# %% ../nbs/10a_reader.ipynb #e6c480ee
+# %% ../nbs/10a_reader.ipynb #0d45c282
 def training_questions(n: int = 300, density: str = "dense", seed: int = 0) -> list[Question]:
     "The questions about n training scenes, one of each type that is well posed."
     return [q for i in range(n) for q in ask(sample_scene(seed * 10**7 + i, density, "train"))]
 
+# %% ../nbs/10a_reader.ipynb #581d1c80
 class Prior:
     "The most frequent answer of each type of question; with `args` that of the same question, where it is known. Of equals, the first in the alphabet."
     def __init__(self, questions: list[Question], args: bool = False):
@@ -185,16 +199,18 @@ class Prior:
         if isinstance(questions, Question): return self.best.get((questions.type, questions.args)) or self.best[questions.type]
         return [self.answer(q) for q in questions]
 
+# %% ../nbs/10a_reader.ipynb #600ce5fc
 def prior_answers(n: int = 300, density: str = "dense", seed: int = 0) -> dict[str, str]:
     "The most frequent answer of each type in the questions about n training scenes."
     return Prior(training_questions(n, density, seed)).best
 
+# %% ../nbs/10a_reader.ipynb #08e378ce
 @cache
 def prior_of_types() -> Prior:
     "The prior of 300 dense and 300 sparse training scenes, made once."
     return Prior([q for d in ("dense", "sparse") for q in training_questions(300, d)])
 
-# %% ../nbs/10a_reader.ipynb #91dc18a5
+# %% ../nbs/10a_reader.ipynb #593303cf
 class SymbolicReader:
     "Answers questions from the kept patches of an encoder that can be asked for words, by one rule for each type. Nothing is trained."
     def __init__(self,
@@ -226,7 +242,7 @@ class SymbolicReader:
         one = lambda e, q: READ[q.type](e, t, *q.args) if len(e) else prior_of_types().answer(q)
         return [one(seen[r], q) for q, r in zip(questions, rows, strict=True)]
 
-# %% ../nbs/10a_reader.ipynb #6c363f65
+# %% ../nbs/10a_reader.ipynb #1e5043e5
 def ways(
     reader: SymbolicReader,
     budgets: tuple[int, ...] = (576, 198, 64, 32),
@@ -240,6 +256,7 @@ def ways(
         for k in budgets: out[f"{how} {k}"] = reader, partial(keep_best, score=score, k=k)
     return out
 
+# %% ../nbs/10a_reader.ipynb #5ce5e359
 def read_answers(
     ways: dict[str, tuple[SymbolicReader, Callable]],
     n: int = 2000,             # Questions, an even number; half as many pairs
@@ -262,7 +279,7 @@ def read_answers(
         questions += qs; right += [a for p in part for a in (p.question.answer, p.other_answer)]; bar.update(len(qs))
     return questions, right, said
 
-# %% ../nbs/10a_reader.ipynb #9c273f77
+# %% ../nbs/10a_reader.ipynb #fcb40904
 def read_figures(questions: list[Question], right: list[str], said: list[str]) -> dict[str, dict]:
     "Accuracy, accuracy by type, and the share of pairs with both right: figures with 95 % intervals over pairs."
     ok, types = np.array([a == b for a, b in zip(said, right, strict=True)], float), np.array([q.type for q in questions])
