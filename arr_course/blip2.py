@@ -89,7 +89,7 @@ class Blip2Config:
                              num_queries=self.num_queries, cross_every=self.cross_every, in_dim=self.in_dim, vocab_size=self.vocab_size + 1,
                              max_length=self.max_length, norm_first=True, norm_eps=1e-6)
 
-# %% ../nbs/09f_blip2.ipynb #f0942b10
+# %% ../nbs/09f_blip2.ipynb #5ed2b8ba
 class Blip2Readers(nn.Module):
     "A Q-Former with text, read in three ways. A picture is `(tokens (b, n, d), mask or None)`; captions are `text`, `mask`, both `(b, t)`."
     def __init__(self, cfg: Blip2Config):
@@ -115,7 +115,7 @@ class Blip2Readers(nn.Module):
         return self.match(self.read(picture, text, mask, "itm")[0]).mean(1)
 
     def writing(self, picture, text, mask):
-        "Logits of each word of the captions, given the picture and the words before, `(b, t, v)`."
+        "Logits of each word, given the picture and the words before, `(b, t, v)`."
         h = self.read(picture, text[:, :-1], mask[:, :-1], "itg", self.cfg.vocab_size)[1]
         return F.linear(self.write(h), self.qformer.word.weight[:-1], self.write_bias)
 
@@ -176,7 +176,7 @@ def pair_loss(
     losses = model(select_rows(features, index, model.cfg.grid), *caption_batch(batch))
     return sum(losses.values()), losses
 
-# %% ../nbs/09f_blip2.ipynb #3bf3216a
+# %% ../nbs/09f_blip2.ipynb #0d93a234
 @torch.no_grad()
 def itc_scores(model: Blip2Readers, s: Selection, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     "How similar each picture is to each caption, `(b, b)`; text and mask `(b, t)`."
@@ -198,7 +198,7 @@ def rerank(
     odds = votes[..., 1] - votes[..., 0]
     return scores.scatter(1, best, odds - odds.amin() + scores.amax() + 1)
 
-# %% ../nbs/09f_blip2.ipynb #f0f9d374
+# %% ../nbs/09f_blip2.ipynb #2d6b2021
 def as_connector(stage1: Blip2Readers, out_dim: int) -> QFormerConnector:
     "A copy of the trained Q-Former without its text branch, and a new matrix to `out_dim`."
     c = QFormerConnector(stage1.cfg.in_dim, out_dim, **stage1.cfg.settings)
@@ -216,10 +216,10 @@ def with_queries(vlm: VLM, stage1: Blip2Readers) -> VLM:
     out.connector = as_connector(stage1, d)
     return out
 
-# %% ../nbs/09f_blip2.ipynb #f615136b
+# %% ../nbs/09f_blip2.ipynb #f19a3a04
 STAGE1 = TrainConfig(steps=400, batch_size=32, lr=1e-3, warmup=40, weight_decay=.05, betas=(.9, .98), log_every=20, save_every=100)
 STAGE2 = Stage(TrainConfig(steps=600, batch_size=8, lr=1e-3, warmup=60, weight_decay=.05, betas=(.9, .98), log_every=20, save_every=100),
-               ground=0., train="connector")
+               low=64, high=576, full=.25, random=.25, ground=0., train="connector")
 
 def train_stage1(
     out: str | Path,            # Folder of log and checkpoints; a run that was stopped is continued
@@ -239,6 +239,7 @@ def train_stage1(
     learner.fit()
     return learner.ema.model(learner.model) if learner.ema else learner.model
 
+# %% ../nbs/09f_blip2.ipynb #54e86036
 def train_blip2(
     out: str | Path,            # Folder; the stages are in `stage1` and `stage2`
     encoder,                    # Frozen

@@ -168,9 +168,10 @@ def evaluate(
 ):
     "Measure an encoder (where it sees what it is asked for, k-NN, segmentation) or a VLM (answers, controls) on fresh scenes; 95 % intervals."
     from arr_course.core import write_json
+    from arr_course.hub import WeightsError
     asked, show_progress = [p.strip() for p in parts.split(",")] if parts else None, sys.stderr.isatty()
     try: result = measure(name, density, n, seed, asked, precision, show_progress)
-    except (ValueError, LookupError, OSError, TypeError, MissingExtra) as e: fail(e)
+    except (ValueError, LookupError, OSError, TypeError, MissingExtra, WeightsError) as e: fail(e)
     if json_file == "-": return typer.echo(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
     show(metric_table(result))
     if json_file: typer.echo(f"wrote {write_json(json_file, result)}")

@@ -7,8 +7,8 @@ __all__ = ['BLOCKS', 'DECODER', 'SHIPPED', 'STAGES', 'QUERIES', 'start_words', '
            'start', 'answer_loss', 'named_words', 'attention_on', 'grounding_loss', 'Stage', 'lesson_loss', 'looks',
            'set_trainable', 'run_stage', 'train_vlm']
 
-# %% ../nbs/09e_tuning.ipynb #97b4fb48
-import math
+# %% ../nbs/09e_tuning.ipynb #1c5a7505
+import math, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -162,18 +162,18 @@ def run_stage(
     learner.fit()
     return learner.ema.model(learner.model) if learner.ema else learner.model
 
-# %% ../nbs/09e_tuning.ipynb #9444707a
+# %% ../nbs/09e_tuning.ipynb #0cea1a01
 DECODER = dict(embed_dim=256, depth=4, num_heads=4, num_kv_heads=2, mlp_dim=512)
 SHIPPED = {"vlm-mlp": ("mlp", dict(hidden=384, skip=True))}
 for n in (32, 64):
     SHIPPED[f"vlm-qformer-{n}"] = "qformer", dict(num_queries=n, embed_dim=192, depth=2, num_heads=3)
-    SHIPPED[f"vlm-resampler-{n}"] = "resampler", dict(num_queries=n, depth=2, num_heads=3)
+    SHIPPED[f"vlm-resampler-{n}"] = "resampler", dict(num_queries=n, embed_dim=192, depth=2, num_heads=3)
 _TRAIN = dict(batch_size=8, warmup=100, weight_decay=.05, betas=(.9, .98), log_every=50, save_every=250)
 STAGES = {"focus": Stage(TrainConfig(steps=2600, lr=1.2e-3, min_lr=4e-4, **_TRAIN)),
           "budgets": Stage(TrainConfig(steps=400, lr=4e-4, ema=.99, **_TRAIN), low=16, high=400, full=.25, random=.25)}
 QUERIES = {"questions": Stage(TrainConfig(steps=1000, lr=1e-3, **_TRAIN), low=64, high=576, full=.5, random=.25, ground=0.)}   # of connectors with queries
 
-# %% ../nbs/09e_tuning.ipynb #c59b45d0
+# %% ../nbs/09e_tuning.ipynb #54f4e1ce
 def train_vlm(
     out: str | Path,            # Folder of logs and checkpoints; a run that was stopped is continued
     encoder,                    # Frozen; its features are computed once
@@ -190,6 +190,7 @@ def train_vlm(
 ) -> VLM:
     "Train a VLM on stored scenes, stage by stage."
     stores = [FeatureStore(encoder, d, scenes, folder=features, shard=min(256, scenes)).fill(rank, world, progress) for d in densities]
+    while any(s.missing() for s in stores): time.sleep(1)                                  # other processes fill their shares
     torch.manual_seed(seed)
     model, objectness = begin(VLM(cfg), encoder), Objectness(encoder)
     for name, stage in stages.items():

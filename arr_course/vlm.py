@@ -6,7 +6,7 @@
 __all__ = ['VLMConfig', 'prefix_mask', 'packed_mask', 'prefix_ids', 'VLM', 'read_picture', 'answer_ids', 'answer', 'Assistant',
            'load_vlm']
 
-# %% ../nbs/09_vlm.ipynb #b20b5a20
+# %% ../nbs/09_vlm.ipynb #feecd7ac
 from dataclasses import asdict, dataclass, field, replace
 
 import safetensors.torch
@@ -20,7 +20,7 @@ from .decoder import Decoder, DecoderConfig, RMSNorm
 from .generate import beam_search, greedy, prefill
 from .vocab import Vocabulary
 from .vqa import BOS, EOS, PAD
-from .zoo import WeightsError, load, read_card, verify
+from .zoo import ModelNotFound, WeightsError, load, read_card, verify
 
 # %% ../nbs/09_vlm.ipynb #01288cef
 @dataclass(frozen=True, kw_only=True)
@@ -169,12 +169,14 @@ class Assistant:
         "Answers about one picture, which is read once."
         return answer(self.model, self.see(image), list(questions), rows=[0] * len(questions), **kwargs)
 
-# %% ../nbs/09_vlm.ipynb #ae031006
+# %% ../nbs/09_vlm.ipynb #15890efd
 def load_vlm(name: str, device=None) -> Assistant:
     "A VLM of the course, with its encoder: the hash in its card is checked before a tensor is read."
     card = read_card(name)
     if card["architecture"] != "VLM": raise TypeError(f"{name} is a {card['architecture']}; load it with arr_course.zoo.load")
-    path = verify(card["path"].with_suffix(".safetensors"), card["sha256"])
+    path = card["path"].with_suffix(".safetensors")
+    if not path.is_file(): raise ModelNotFound(f"cannot load {name!r}: its card is here, but its weights are missing")
+    verify(path, card["sha256"])
     cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in card["config"].items()}
     try: (model := VLM(VLMConfig(**cfg))).load_state_dict(safetensors.torch.load_file(path))
     except (TypeError, RuntimeError) as e: raise WeightsError(f"{name}: card and weights do not fit this version: {' '.join(str(e).split())[:200]}") from e

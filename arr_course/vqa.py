@@ -63,7 +63,7 @@ def write_shard(path: Path, encoder, scenes, bf16: bool = True) -> None:
         with atomic_path(path.with_suffix(suffix)) as tmp, open(tmp, "wb") as f: write(f)
     write_json(path.with_suffix(".json"), {s: sha256(path.with_suffix(s)) for s in files})
 
-# %% ../nbs/09d_vqa.ipynb #f61f1e97
+# %% ../nbs/09d_vqa.ipynb #c78db44e
 class FeatureStore:
     "Where frozen features of generated scenes lie on disk, and the patches of each thing; `fill` makes what is missing."
     def __init__(self,
@@ -76,7 +76,7 @@ class FeatureStore:
         shard: int = 256,          # Scenes in one file
     ):
         self.encoder, self.density, self.n, self.split, self.first, self.shard = encoder, density, n, split, first, shard
-        self.folder = Path(folder or cache_dir("features")) / f"{encoder.fingerprint}-{density}-{split}-{first}"
+        self.folder = Path(folder or cache_dir("features")) / f"{encoder.fingerprint}-{density}-{split}-{first}-{shard}"
 
     def scene(self, i: int) -> Scene: return sample_scene(self.first + i, self.density, self.split)
     def path(self, k: int) -> Path: return self.folder / f"{k:05d}.npy"
@@ -85,7 +85,8 @@ class FeatureStore:
 
     def fill(self, rank: int = 0, world: int = 1, progress: bool = True, bf16: bool = True) -> "FeatureStore":
         "Compute what is missing; process `rank` of `world` takes its share."
-        for k in tqdm(self.missing()[rank::world], f"{self.density} features", disable=not progress, unit="shard"):
+        mine = [k for k in self.missing() if k % world == rank]                            # the same share, whoever comes first
+        for k in tqdm(mine, f"{self.density} features", disable=not progress, unit="shard"):
             write_shard(self.path(k), self.encoder, [self.scene(i) for i in range(k * self.shard, (k + 1) * self.shard)], bf16)
         return self
 

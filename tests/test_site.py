@@ -13,7 +13,7 @@ import pytest
 root = Path(__file__).resolve().parent.parent
 SITE = root / "_docs"
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
-PAGES = ["nbs/index.html", "nbs/02_vit.html", "labs/label_free/label_free.html"]
+PAGES = ["nbs/index.html", "nbs/02_vit.html", "nbs/09_vlm.html", "labs/label_free/label_free.html"]
 
 
 def stale():

@@ -31,8 +31,8 @@ HERE = Path(__file__).resolve().parent
 CONNECTORS = {  # name: (kind, settings, tokens out of 576)
     "qformer-32": ("qformer", dict(num_queries=32, embed_dim=192, depth=2, num_heads=3), 32),
     "qformer-64": ("qformer", dict(num_queries=64, embed_dim=192, depth=2, num_heads=3), 64),
-    "resampler-32": ("resampler", dict(num_queries=32, depth=2, num_heads=3), 32),
-    "resampler-64": ("resampler", dict(num_queries=64, depth=2, num_heads=3), 64),
+    "resampler-32": ("resampler", dict(num_queries=32, embed_dim=192, depth=2, num_heads=3), 32),
+    "resampler-64": ("resampler", dict(num_queries=64, embed_dim=192, depth=2, num_heads=3), 64),
     "c-abstractor-64": ("c-abstractor", dict(num_tokens=64, depth=2), 64),
     "pixel-shuffle": ("pixel-shuffle", {}, 144),
     "linear": ("linear", {}, 576),
