@@ -176,7 +176,7 @@ def pair_loss(
     losses = model(select_rows(features, index, model.cfg.grid), *caption_batch(batch))
     return sum(losses.values()), losses
 
-# %% ../nbs/09f_blip2.ipynb #0d93a234
+# %% ../nbs/09f_blip2.ipynb #b348d405
 @torch.no_grad()
 def itc_scores(model: Blip2Readers, s: Selection, text: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     "How similar each picture is to each caption, `(b, b)`; text and mask `(b, t)`."
@@ -198,7 +198,7 @@ def rerank(
     odds = votes[..., 1] - votes[..., 0]
     return scores.scatter(1, best, odds - odds.amin() + scores.amax() + 1)
 
-# %% ../nbs/09f_blip2.ipynb #2d6b2021
+# %% ../nbs/09f_blip2.ipynb #5bcc7e0f
 def as_connector(stage1: Blip2Readers, out_dim: int) -> QFormerConnector:
     "A copy of the trained Q-Former without its text branch, and a new matrix to `out_dim`."
     c = QFormerConnector(stage1.cfg.in_dim, out_dim, **stage1.cfg.settings)
@@ -216,7 +216,7 @@ def with_queries(vlm: VLM, stage1: Blip2Readers) -> VLM:
     out.connector = as_connector(stage1, d)
     return out
 
-# %% ../nbs/09f_blip2.ipynb #f19a3a04
+# %% ../nbs/09f_blip2.ipynb #22ddc3ec
 STAGE1 = TrainConfig(steps=400, batch_size=32, lr=1e-3, warmup=40, weight_decay=.05, betas=(.9, .98), log_every=20, save_every=100)
 STAGE2 = Stage(TrainConfig(steps=600, batch_size=8, lr=1e-3, warmup=60, weight_decay=.05, betas=(.9, .98), log_every=20, save_every=100),
                low=64, high=576, full=.25, random=.25, ground=0., train="connector")
@@ -239,7 +239,7 @@ def train_stage1(
     learner.fit()
     return learner.ema.model(learner.model) if learner.ema else learner.model
 
-# %% ../nbs/09f_blip2.ipynb #54e86036
+# %% ../nbs/09f_blip2.ipynb #0b1c4b07
 def train_blip2(
     out: str | Path,            # Folder; the stages are in `stage1` and `stage2`
     encoder,                    # Frozen
