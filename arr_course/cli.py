@@ -197,6 +197,7 @@ def train(
 ):
     "Train a shipped encoder or VLM from nothing, evaluate it, write its weights and card. The same command continues a stopped run."
     from arr_course.evaluate import RECIPES
+    from arr_course.hub import WeightsError
     from arr_course.runs import CheckpointError
     from arr_course.tuning import SHIPPED
     if name not in (*RECIPES, *SHIPPED): fail(f"no recipe {name!r}: choose one of {', '.join((*RECIPES, *SHIPPED))}")
@@ -207,7 +208,7 @@ def train(
         args = ["train", name, "--out", str(out), "--processes", str(processes), "--seed", str(seed), "--n", str(n)]
         raise typer.Exit(launch(processes, args + ["--quick"] * quick))
     try: card = run(name, out, seed, quick, n, progress=sys.stderr.isatty())
-    except (ValueError, LookupError, OSError, CheckpointError, MissingExtra) as e: fail(e)
+    except (ValueError, LookupError, OSError, CheckpointError, WeightsError, MissingExtra) as e: fail(e)
     if card: typer.echo(f"wrote {card.with_suffix('.safetensors')} and {card.name}")
 
 # %% ../nbs/99_cli.ipynb #951ae244

@@ -186,6 +186,7 @@ def train_shipped(
     "Train a shipped VLM, examine it, and write its card: the card's path in the main process, `None` in others."
     if name not in SHIPPED: raise ValueError(f"no recipe {name!r}: choose one of {', '.join(SHIPPED)}")
     how, facts = recipe_of(name)
+    Exam(n=n)                                                                             # an odd number is refused now, not after the training
     stages = {k: replace(s, cfg=quick(s.cfg, fast)) for k, s in how["stages"].items()}
     rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
     encoder, card_name = load("arr/filip-ti"), name + (f"-s{seed}" if seed and name == "vlm-mlp" else "")

@@ -571,7 +571,6 @@ def test_damaged_weights_get_one_line(folder, tmp_path):
     assert r.exit_code == 2 and "sha256" in r.stderr and isinstance(r.exception, SystemExit), repr(r.exception)
 
 
-@pytest.mark.xfail(strict=True, reason="`train` does not catch a WeightsError, as `evaluate` does")
 def test_damaged_features_get_one_line(quick_run, tmp_path):
     out, env, _ = quick_run
     features = tmp_path / "features"
@@ -627,7 +626,6 @@ def test_every_recipe_can_be_built(name):
     assert model.visual(s).embeddings.shape[::2] == (2, 256)
 
 
-@pytest.mark.xfail(strict=True, reason="only `examine`, after hours of training, says so")
 def test_a_wrong_number_of_questions_is_said_before_training(quick_run, tmp_path, monkeypatch):
     monkeypatch.setenv("ARR_WEIGHTS", quick_run[1]["ARR_WEIGHTS"])
     monkeypatch.setattr(ve, "train_vlm", lambda *a, **k: pytest.fail("it trains"))

@@ -412,7 +412,7 @@ def test_save_card_refuses(tmp_path):
     with torch.no_grad(): vit.norm.weight[0] = 7e4                  # more than half precision can say
     with pytest.raises(ValueError, match="not finite as torch.float16: norm.weight"):
         zoo.save_card("x", vit, Preprocess((32, 32)), tmp_path, dtype=torch.float16, **FACTS)
-    with pytest.raises(TypeError, match="one of ViT, Joint, not a Linear"):
+    with pytest.raises(TypeError, match="one of ViT, Joint, VLM, not a Linear"):
         zoo.save_card("x", torch.nn.Linear(2, 2), Preprocess((32, 32)), tmp_path, **FACTS)
     assert not list(tmp_path.iterdir())
 
