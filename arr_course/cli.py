@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'show', 'fail', 'doctor', 'photos', 'models', 'read_labels', 'save_masks', 'toolkit', 'save_scenes', 'world',
-           'metric_table', 'measure', 'evaluate', 'launch', 'train', 'main']
+           'metric_table', 'measure', 'evaluate', 'budget_table', 'budget', 'launch', 'train', 'main']
 
 # %% ../nbs/99_cli.ipynb #a95df49d
 import json, os, subprocess, sys
@@ -174,6 +174,46 @@ def evaluate(
     except (ValueError, LookupError, OSError, TypeError, MissingExtra, WeightsError) as e: fail(e)
     if json_file == "-": return typer.echo(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
     show(metric_table(result))
+    if json_file: typer.echo(f"wrote {write_json(json_file, result)}")
+
+# %% ../nbs/99_cli.ipynb #c4a85ab1
+def budget_table(result: dict):
+    "A Rich table of what `harness.compare` returns: a row for each method, budget and model; `ms` to select, read and answer."
+    rich, heads, model = need("rich.table", "app"), ("at", "tokens", "right", "95 % interval", "to full", "to peer", "ms"), None
+    title = f"{result['questions']} questions on fresh {result['density']} scenes of seed {result['seed']}, {result['precision']}"
+    table, signed = rich.Table("method", *(rich.Column(h, justify="right", no_wrap=True) for h in heads), title=title), lambda d: f"{d['value']:+.3f}" if d else ""
+    for r in result["rows"]:
+        s, (low, high) = r["seconds"], r["ci"]
+        if r["model"] != model: model = r["model"]; table.add_section(); table.add_row(f"[bold]{model}")
+        table.add_row(r["method"], str(r["budget"]), f"{r['mean_tokens']:.1f}", f"{r['accuracy']:.3f}", f"{low:.3f}-{high:.3f}", signed(r["diff_to_full"]),
+                      signed(r["diff_to_best_peer"]), f"{1e3 * (s['select'] + s['prefill'] + s['decode']):.1f}")
+    return table
+
+# %% ../nbs/99_cli.ipynb #fc0ef98d
+@app.command()
+def budget(
+    density: Annotated[str, typer.Option(help="`dense` or `sparse`.")] = "dense",
+    questions: Annotated[int, typer.Option(min=4, help="How many, in pairs.")] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="Which scenes: another seed, other scenes.")] = 0,
+    budgets: Annotated[str, typer.Option(help="Mean numbers of visual tokens, with commas between.")] = "198,64,32",
+    methods: Annotated[str, typer.Option(help="With commas between; `NAME:fixed` and `NAME:shuffled` are controls of an adaptive one.")] = "full,random,arr-1,arr-2,oracle",
+    model: Annotated[str, typer.Option(help="VLMs with commas between; `reader` is the symbolic reader.")] = "arr/vlm-mlp",
+    precision: Annotated[str, typer.Option(help="`fp32`, `bf16`, or `auto`: bf16 where it is faster.")] = "auto",
+    results: Annotated[Path | None, typer.Option(help="Keep each result in this .jsonl file, and go on from there.")] = None,
+    json_file: Annotated[str | None, typer.Option("--json", metavar="PATH", help="Write the result here; `-` prints it instead of the table.")] = None,
+):
+    "Compare ways to keep fewer visual tokens: accuracy, paired 95 % intervals against all tokens and the best peer, seconds by stage."
+    from arr_course.core import write_json
+    from arr_course.harness import compare
+    from arr_course.hub import WeightsError
+    words = lambda s: tuple(dict.fromkeys(o.strip() for o in s.split(",") if o.strip()))
+    try:
+        if not all(o.isdigit() for o in words(budgets)): raise ValueError(f"--budgets {budgets}: whole numbers of tokens, with commas between")
+        numbers = tuple(map(int, words(budgets)))
+        result = compare(model, density, questions, seed, numbers, words(methods), precision, results, progress=sys.stderr.isatty())
+    except (ValueError, LookupError, OSError, TypeError, MissingExtra, WeightsError) as e: fail(e)
+    if json_file == "-": return typer.echo(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
+    show(budget_table(result))
     if json_file: typer.echo(f"wrote {write_json(json_file, result)}")
 
 # %% ../nbs/99_cli.ipynb #d7088bdc

@@ -8,7 +8,7 @@ __all__ = ['BLOCKS', 'DECODER', 'SHIPPED', 'STAGES', 'QUERIES', 'start_words', '
            'set_trainable', 'run_stage', 'train_vlm']
 
 # %% ../nbs/09e_tuning.ipynb #1c5a7505
-import math, time
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -109,6 +109,7 @@ class Stage:
     random: float = .05        # How often a subset is random, not object-like
     ground: float = .3         # Weight of the grounding loss
     captions: bool = False     # Captions instead of questions
+    more: int = 0              # Further draws of the types that learn slowest
     train: str = "all"         # `all`, `connector` (with balance and places), or `decoder`
 
     def __post_init__(self):
@@ -156,7 +157,7 @@ def run_stage(
 ) -> VLM:
     "Train one stage; returns the model, or its running average if the stage keeps one."
     set_trainable(model, stage.train)
-    lessons = Lessons(stored, model.vocab, captions=stage.captions, seed=stage.cfg.seed)
+    lessons = Lessons(stored, model.vocab, captions=stage.captions, seed=stage.cfg.seed, more=stage.more)
     loss = lambda m, b: lesson_loss(m, b, stage, objectness, model.cfg.grid)
     learner = Learner(model, loss, lessons, stage.cfg, out, after_step, collate_lessons, find_unused=stage.train == "all")
     learner.fit()
@@ -170,8 +171,9 @@ for n in (32, 64):
     SHIPPED[f"vlm-resampler-{n}"] = "resampler", dict(num_queries=n, embed_dim=192, depth=2, num_heads=3)
 _TRAIN = dict(batch_size=8, warmup=100, weight_decay=.05, betas=(.9, .98), log_every=50, save_every=250)
 STAGES = {"focus": Stage(TrainConfig(steps=2600, lr=1.2e-3, min_lr=4e-4, **_TRAIN)),
-          "budgets": Stage(TrainConfig(steps=400, lr=4e-4, ema=.99, **_TRAIN), low=16, high=400, full=.25, random=.25)}
-QUERIES = {"questions": Stage(TrainConfig(steps=1000, lr=1e-3, **_TRAIN), low=64, high=576, full=.5, random=.25, ground=0.)}   # of connectors with queries
+          "budgets": Stage(TrainConfig(steps=400, lr=4e-4, ema=.99, **_TRAIN), low=16, high=400, full=.25, random=.25),
+          "whole": Stage(TrainConfig(steps=900, lr=8e-4, min_lr=1e-5, ema=.995, **_TRAIN), low=16, high=400, full=.5, random=.2, more=3)}
+QUERIES = {"questions": Stage(TrainConfig(steps=400, lr=1e-3, **_TRAIN), full=1., ground=0.)}   # of connectors with queries, which read every patch
 
 # %% ../nbs/09e_tuning.ipynb #54f4e1ce
 def train_vlm(
@@ -190,10 +192,10 @@ def train_vlm(
 ) -> VLM:
     "Train a VLM on stored scenes, stage by stage."
     stores = [FeatureStore(encoder, d, scenes, folder=features, shard=min(256, scenes)).fill(rank, world, progress) for d in densities]
-    while any(s.missing() for s in stores): time.sleep(1)                                  # other processes fill their shares
+    stored = [StoredScenes(s.wait()) for s in stores]                                     # other processes fill their shares
     torch.manual_seed(seed)
     model, objectness = begin(VLM(cfg), encoder), Objectness(encoder)
     for name, stage in stages.items():
         stage = replace(stage, cfg=replace(stage.cfg, seed=seed))
-        model = run_stage(model, stage, [StoredScenes(s) for s in stores], objectness, Path(out) / name)
+        model = run_stage(model, stage, stored, objectness, Path(out) / name)
     return model

@@ -180,4 +180,6 @@ def load_vlm(name: str, device=None) -> Assistant:
     cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in card["config"].items()}
     try: (model := VLM(VLMConfig(**cfg))).load_state_dict(safetensors.torch.load_file(path))
     except (TypeError, RuntimeError) as e: raise WeightsError(f"{name}: card and weights do not fit this version: {' '.join(str(e).split())[:200]}") from e
-    return Assistant(name, model, load(model.cfg.encoder, device))
+    encoder, read = load(model.cfg.encoder, device), card.get("evaluation", {}).get("fingerprint")
+    if read not in (None, encoder.fingerprint): raise WeightsError(f"{name} was trained on features of another {model.cfg.encoder} ({read}, not {encoder.fingerprint}): train it again, or restore that encoder")
+    return Assistant(name, model, encoder)

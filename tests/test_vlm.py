@@ -277,6 +277,8 @@ def test_damaged_vlms_are_refused(folder, tmp_path, monkeypatch):
     for change in (dict(new_switch=True), dict(decoder=whole["config"]["decoder"] | dict(depth=2)), dict(in_dim=23)):
         card.write_text(json.dumps(whole | dict(config=whole["config"] | change)), encoding="utf-8")
         with pytest.raises(WeightsError, match="do not fit this version"): load_vlm("arr/tiny-vlm")
+    card.write_text(json.dumps(whole | dict(evaluation=dict(fingerprint="0123456789abcdef"))), encoding="utf-8")
+    with pytest.raises(WeightsError, match="features of another"): load_vlm("arr/tiny-vlm")
 
 
 def test_weights_that_are_missing_are_called_missing(folder, tmp_path, monkeypatch):

@@ -71,7 +71,7 @@ def run(name, encoder, stored, papers, a):
     cfg = VLMConfig(words=world_vocabulary().words, connector=kind, settings=settings, decoder=DECODER)
     model, stage = from_mlp(VLM(cfg), encoder), QUERIES["questions"]
     train = replace(stage.cfg, steps=a.steps, seed=a.seed, log_every=min(25, a.steps), save_every=None)
-    stage = replace(stage, full=1., cfg=train)                             # every connector reads all 576 patches
+    stage = replace(stage, cfg=train)
     loss = partial(lesson_loss, stage=stage, objectness=Objectness(encoder), grid=cfg.grid)
     lessons = Lessons(stored, model.vocab, draws=a.draws, seed=a.seed)
     learner = Learner(model, loss, lessons, train, collate=collate_lessons, find_unused=True)
@@ -87,7 +87,7 @@ def run(name, encoder, stored, papers, a):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--steps", type=int, default=500)
+    p.add_argument("--steps", type=int, default=QUERIES["questions"].cfg.steps)
     p.add_argument("--draws", type=int, default=2)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--n", type=int, default=540, help="test questions of each density")
