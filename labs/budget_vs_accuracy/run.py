@@ -1,0 +1,192 @@
+"""Every way to keep fewer visual tokens, on the same questions: accuracy against tokens and against time.
+
+    python labs/budget_vs_accuracy/run.py                       # two processes; goes on where it was stopped
+    python labs/budget_vs_accuracy/run.py --quick --out FOLDER  # a minute, to see that it runs
+    python labs/budget_vs_accuracy/run.py --only report         # tables, plots and report from what is there
+
+Results: answers.jsonl (right or wrong for each question), rows.json (the table), headroom.json, timing.json,
+plots, report.html. The phases stand in order of importance, so that a run that is stopped early is of use."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
+
+from arr_course.core import write_json  # noqa: E402
+from arr_course.harness import Runner, headroom_of, run, table  # noqa: E402
+from arr_course.papers import HELD_OUT, Paper, methods_of  # noqa: E402
+from arr_course.vqa_evaluate import Exam  # noqa: E402
+from arr_course.zoo import load  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+ALL = (400, 256, 198, 128, 64, 32, 16)
+SOME = (198, 64, 32)
+FIRST = ("full", "random", "arr-2", "arr-2:fixed", "arr-2:shuffled", "oracle")
+PEERS = (
+    "uniform",
+    "pool",
+    "downsample",
+    "fastervlm",
+    "tome-after",
+    "visionzip",
+    "prumerge+",
+    "divprune",
+    "vispruner",
+    "scope",
+    "holov",
+    "dart",
+    "cdpruner",
+    "mmtok",
+    "eadp",
+    "sieve",
+    "tops",
+    "agilepruner",
+    "e-adaprune",
+    "occamtoken",
+    "trim",
+    "cdpruner+restore",
+)
+INSIDE = ("fastv", "pyramiddrop", "tome")
+CORE = (
+    "full",
+    "random",
+    "arr-1",
+    "arr-2",
+    "oracle",
+    "uniform",
+    "pool",
+    "fastervlm",
+    "divprune",
+    "scope",
+    "cdpruner",
+    "mmtok",
+    "eadp",
+    "occamtoken",
+)
+ONE, OTHERS = ("arr/vlm-mlp", "reader"), ("arr/vlm-mlp-s1", "arr/vlm-mlp-s2")
+PHASES = (  # (density, models, methods, budgets)
+    ("dense", ONE, FIRST, SOME),
+    ("dense", ONE, (*PEERS, "arr-1"), SOME),
+    ("dense", ONE, FIRST, ALL),
+    ("sparse", ONE, CORE, SOME),
+    ("dense", OTHERS, CORE, SOME),
+    ("dense", ONE, (*PEERS, "arr-1"), (128, 256, 16)),
+    ("dense", ONE, INSIDE, (400, 256, 198)),
+    ("dense", ONE, PEERS, (400,)),
+    ("sparse", ONE, (*FIRST, *PEERS), SOME),
+)
+
+
+def paper(encoder, density, a):
+    return Paper(encoder, Exam(density, a.n, a.seed), a.pictures)
+
+
+def work(a):
+    "What one process does: its share of the pictures, or its share of the results."
+    encoder = load("arr/filip-ti", device="cpu")
+    if a.only == "fill":
+        for density in ("dense", "sparse"):
+            paper(encoder, density, a).fill(a.rank, a.world, progress=not a.rank)
+            Paper(encoder, Exam(density, HELD_OUT, 0, "val"), a.pictures).fill(a.rank, a.world)
+        return
+    names, budgets = dict.fromkeys(m for p in a.phases for m in p[2]), sorted({b for p in a.phases for b in p[3]})
+    methods = {d: methods_of(encoder, names, budgets, a.pictures, d) for d in dict.fromkeys(p[0] for p in a.phases)}
+    for density, models, some, at in a.phases:
+        runner = Runner(
+            paper(encoder, density, a).verify(),
+            models,
+            methods[density],
+            a.out / "answers.jsonl",
+            a.rank,
+            a.world,
+            progress=not a.rank,
+        )
+        run(runner, some, at)
+        print(density, models, f"{len(runner.lines)} results", flush=True)
+
+
+def together(a, only):
+    "The same command in several processes; stops at the first error."
+    args = [
+        sys.executable,
+        __file__,
+        "--only",
+        only,
+        "--n",
+        str(a.n),
+        "--seed",
+        str(a.seed),
+        "--out",
+        str(a.out),
+        "--world",
+        str(a.processes),
+    ]
+    if a.pictures:
+        args += ["--pictures", a.pictures]
+    jobs = [subprocess.Popen([*args, "--rank", str(r)] + ["--quick"] * a.quick) for r in range(a.processes)]
+    if any([j.wait() for j in jobs]):
+        sys.exit(f"{only}: a process failed; what it had finished is kept")
+
+
+def tables(a):
+    "Rows of everything that is there, and the headroom of budgets."
+    encoder, rows, room, papers, lines = load("arr/filip-ti", device="cpu"), [], [], {}, []
+    for density in dict.fromkeys(p[0] for p in a.phases):
+        models = dict.fromkeys(m for p in a.phases if p[0] == density for m in p[1])
+        papers[density] = paper(encoder, density, a)
+        runner = Runner(papers[density], list(models), {}, a.out / "answers.jsonl")
+        rows += [dict(density=density) | r for r in table(runner)]
+        now = [o for o in runner.lines if o["density"] == density and o["model"] in models]  # of these weights, and of this exam
+        lines += [o for o in now if runner.found(o["method"], o["budget"], o["model"]) is o]
+        for m in models:
+            for method in ("random", "arr-2:fixed", "oracle"):
+                try:
+                    room.append(dict(density=density, model=m, method=method) | headroom_of(runner, method, m))
+                except LookupError as e:
+                    print(e)
+    write_json(a.out / "rows.json", dict(rows=rows, provenance=runner.provenance, questions=a.n, seed=a.seed))
+    write_json(a.out / "headroom.json", room)
+    return rows, room, papers, lines
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--n", type=int, default=2000, help="test questions of each density, in pairs")
+    p.add_argument("--seed", type=int, default=5, help="of the test scenes")
+    p.add_argument("--processes", type=int, default=2)
+    p.add_argument("--pictures", help="folder of the encoded pictures; default: in the cache folder")
+    p.add_argument("--out", type=Path, default=HERE / "results")
+    p.add_argument("--quick", action="store_true")
+    p.add_argument("--only", choices=("fill", "run", "report"))
+    p.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    p.add_argument("--world", type=int, help=argparse.SUPPRESS)
+    a = p.parse_args()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    a.phases = PHASES
+    if a.quick:
+        a.n, a.processes, a.phases = (
+            36,
+            1,
+            (("dense", ONE, ("full", "random", "arr-2", "arr-2:fixed", "divprune", "oracle"), (198, 64, 16)),),
+        )
+    if a.rank is not None:
+        return work(a)
+    if a.only in (None, "fill"):
+        together(a, "fill")
+    if a.only in (None, "run"):
+        together(a, "run")
+    if a.only in (None, "report"):
+        rows, room, papers, lines = tables(a)
+        sys.path.insert(0, str(HERE))
+        from report import report
+
+        report(a.out, rows, room, lines, papers, a.quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""`arr-course budget` and the harness: its rows, going on where it was stopped, and answers that are the model's."""
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("typer"), pytest.importorskip("emoji"), pytest.importorskip("resvg_py"), pytest.importorskip("scipy")
+
+from typer.testing import CliRunner  # noqa: E402
+
+from arr_course.cli import app  # noqa: E402
+from arr_course.connectors import keep_all  # noqa: E402
+from arr_course.core import cache_dir  # noqa: E402
+from arr_course.harness import Runner, right_of, run  # noqa: E402
+from arr_course.papers import Paper, methods_of, read_part  # noqa: E402
+from arr_course.vlm import answer, load_vlm  # noqa: E402
+from arr_course.vqa_evaluate import Exam  # noqa: E402
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    "A cache folder of its own."
+    monkeypatch.setenv("ARR_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def budget(*args):
+    r = CliRunner().invoke(app, ["budget", *map(str, args)])
+    return r.exit_code, r.output
+
+
+def test_rows_and_resumption(cache):
+    "The rows of the issue; the same command again computes nothing and says the same."
+    args = [
+        "--density",
+        "sparse",
+        "--questions",
+        18,
+        "--seed",
+        4,
+        "--budgets",
+        "64,32",
+        "--methods",
+        "full,random,arr-1,arr-2,arr-2:fixed,arr-2:shuffled,oracle",
+        "--model",
+        "arr/vlm-mlp,reader",
+        "--precision",
+        "fp32",
+        "--results",
+        cache / "r.jsonl",
+        "--json",
+        "-",
+    ]
+    code, out = budget(*args)
+    assert code == 0, out
+    rows, stored = json.loads(out)["rows"], (cache / "r.jsonl").read_text()
+    assert len(rows) == 2 * (1 + 2 * 6)
+    assert {"method", "budget", "mean_tokens", "accuracy", "ci", "diff_to_full", "diff_to_best_peer", "seconds"} <= rows[
+        0
+    ].keys()
+    by = {(r["model"], r["method"], r["budget"]): r for r in rows}
+    full = by["arr/vlm-mlp", "full", 576]
+    assert (
+        full["mean_tokens"] == 576
+        and full["diff_to_full"]["value"] == 0
+        and set(full["seconds"]) == {"encode", "select", "prefill", "decode"}
+    )
+    for m in ("arr/vlm-mlp", "reader"):
+        assert by[m, "arr-2:fixed", 64]["mean_tokens"] == 64 and by[m, "oracle", 32]["std_tokens"] == 0
+        assert by[m, "arr-2:shuffled", 32]["mean_tokens"] == by[m, "arr-2", 32]["mean_tokens"]
+        assert by[m, "arr-1", 32]["best_peer"] == "random"
+    again = budget(*args)
+    assert json.loads(again[1])["rows"] == rows and (cache / "r.jsonl").read_text() == stored
+
+
+def test_answers_are_those_of_the_model(cache):
+    "What the harness counts as right with all patches is what `vlm.answer` says about the stored features."
+    vlm = load_vlm("arr/vlm-mlp", device="cpu")
+    paper = Paper(vlm.encoder, Exam("dense", 8, seed=2, split="val"), cache_dir("exams"), bf16=False).fill()
+    (line,) = run(Runner(paper, ["arr/vlm-mlp"], methods_of(vlm.encoder, ["full"])), ["full"], [64])
+    said = answer(vlm.model, keep_all(read_part(paper, 0).features), [i.question.text for i in paper.items])
+    assert right_of(line).tolist() == [a == i.answer for a, i in zip(said, paper.items, strict=True)]
+    other = Runner(paper, ["arr/vlm-mlp"])
+    other.lines = [line | dict(weights="another model")]
+    assert other.found("full", 576, "arr/vlm-mlp") is None
+
+
+def test_two_processes_share_and_agree(cache):
+    "Shares of two ranks together are the results of one, without overlap."
+    vlm = load_vlm("arr/vlm-mlp", device="cpu")
+    paper = Paper(vlm.encoder, Exam("sparse", 8, seed=2, split="val"), cache_dir("exams"), bf16=False).fill(0, 2)
+    paper.fill(1, 2)
+    methods, names = methods_of(vlm.encoder, ["full", "random", "uniform"]), ["full", "random", "uniform"]
+    alone = run(Runner(paper, ["reader"], methods), names, [64, 16])
+    shares = [run(Runner(paper, ["reader"], methods, cache / "a.jsonl", rank, 2), names, [64, 16]) for rank in (0, 1)]
+    key = lambda o: (o["method"], o["budget"], o["right"])
+    assert len(shares[0]) < len(alone) and sorted(map(key, shares[1])) == sorted(map(key, alone))
+    assert np.mean([right_of(o).mean() for o in alone]) > 0
+
+
+@pytest.mark.parametrize(
+    "args,says",
+    [
+        (["--budgets", "x"], "whole numbers"),
+        (["--budgets", "0"], "at least one"),
+        (["--methods", "best"], "no method 'best'"),
+        (["--questions", 7], "even number"),
+        (["--model", "arr/filip-ti"], "not a VLM"),
+        (["--model", "arr/no"], "arr/no"),
+        (["--density", "full"], "neither dense nor sparse"),
+        (["--methods", "random:fixed", "--questions", 4], "no budget rule"),
+    ],
+)
+def test_mistakes(cache, args, says):
+    "One line and exit code 2."
+    code, out = budget(*args)
+    assert code == 2 and says in out and "Traceback" not in out
