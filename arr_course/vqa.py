@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CAPTION', 'PAD', 'BOS', 'EOS', 'SLOW', 'world_vocabulary', 'seen_words', 'encoded', 'write_shard', 'FeatureStore',
-           'StoredScenes', 'Line', 'question_line', 'caption_line', 'pack', 'collate_lessons', 'Lessons', 'draw_budget',
-           'draw_subset', 'select_rows', 'Objectness']
+           'wait_for', 'StoredScenes', 'Line', 'question_line', 'caption_line', 'pack', 'collate_lessons', 'Lessons',
+           'draw_budget', 'draw_subset', 'select_rows', 'Objectness']
 
 # %% ../nbs/09d_vqa.ipynb #409c0173
 import json, time
@@ -91,14 +91,15 @@ class FeatureStore:
             write_shard(self.path(k), self.encoder, [self.scene(i) for i in range(k * self.shard, (k + 1) * self.shard)], self.bf16)
         return self
 
-    def wait(self, patience: float = 900) -> "FeatureStore":
-        "Until other processes have filled their shares; an error once none of them has finished a shard for `patience` seconds."
-        left, since = len(self.missing()), time.monotonic()
-        while left:
-            time.sleep(min(1, patience))
-            if (now := len(self.missing())) < left: left, since = now, time.monotonic()
-            elif time.monotonic() - since > patience: raise TimeoutError(f"{left} shards of {self.folder.name} are still missing after {patience:.0f} s: has another process died? Start again: what is there is kept")
-        return self
+# %% ../nbs/09d_vqa.ipynb #c78db44f
+def wait_for(store: FeatureStore, patience: float = 900) -> FeatureStore:
+    "Until other processes have filled their shares; an error once none of them has finished a shard for `patience` seconds."
+    left, since = len(store.missing()), time.monotonic()
+    while left:
+        time.sleep(min(1, patience))
+        if (now := len(store.missing())) < left: left, since = now, time.monotonic()
+        elif time.monotonic() - since > patience: raise TimeoutError(f"{left} shards of {store.folder.name} are still missing after {patience:.0f} s: has another process died? Start again: what is there is kept")
+    return store
 
 # %% ../nbs/09d_vqa.ipynb #ed44fe0b
 class StoredScenes:
