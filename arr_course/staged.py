@@ -76,7 +76,7 @@ def score_loss(z: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     side = lambda m: (each * m).sum(1) / m.sum(1).clamp(min=1)
     return ((side(target) + side(~target)) / 2)[has].mean()
 
-# %% ../nbs/12c_staged.ipynb #cbd913f4
+# %% ../nbs/12c_staged.ipynb #0016a2ed
 def train_scorer(
     scorer: Scorer,
     x: torch.Tensor,        # (m, n, w), from `channels`
@@ -97,12 +97,12 @@ def train_scorer(
     scorer.requires_grad_(False)
     return losses
 
-# %% ../nbs/12c_staged.ipynb #b4a37fed
+# %% ../nbs/12c_staged.ipynb #2da3698b
 def learned_arr(scorer: Scorer, **kwargs) -> ARR2:
     "ARR-2 with the scorer's probability in both shares of its weight. `kwargs` as for `arr_2`."
     return arr_2(**dict(relevant=scorer.probability, salience=scorer.probability, q=4.) | kwargs)
 
-# %% ../nbs/12c_staged.ipynb #bf9fc70e
+# %% ../nbs/12c_staged.ipynb #877776dc
 def lines(vocab: Vocabulary, questions: list[str], answers: list[str]) -> dict:
     "A batch of one question a picture, with its answer, as `VLM.forward` takes it."
     each = [pack([Line(vocab.encode(q), vocab.encode(a) + [EOS])]) for q, a in zip(questions, answers, strict=True)]
@@ -118,7 +118,7 @@ def own_attention(model: VLM, c: Context) -> torch.Tensor:
     a = weights[BLOCKS["mark"]][0][torch.arange(len(c), device=mark.device), :, 1 + c.n + mark, 1:1 + c.n].float().mean(1)
     return a / a.sum(1, keepdim=True)
 
-# %% ../nbs/12c_staged.ipynb #05b1027b
+# %% ../nbs/12c_staged.ipynb #80c5ff49
 def risk(model: VLM, s: Selection, text: dict) -> tuple[torch.Tensor, torch.Tensor]:
     "Of each question: the mean cross-entropy of its answer's tokens `(b,)`, and whether the answer is wrong `(b,)`, 0 or 1."
     tokens, segments, places, labels = (text[k].to(s.tokens.device) for k in ("tokens", "segments", "places", "labels"))
@@ -127,7 +127,7 @@ def risk(model: VLM, s: Selection, text: dict) -> tuple[torch.Tensor, torch.Tens
     add = lambda v: v.new_zeros(len(labels)).index_add(0, row, v)
     return add(F.cross_entropy(z.float(), y, reduction="none")) / labelled.sum(1), (add((z.argmax(-1) != y).float()) > 0).float()
 
-# %% ../nbs/12c_staged.ipynb #0cad02f8
+# %% ../nbs/12c_staged.ipynb #27232d1f
 def at_budget(reducer: ARR2, c: Context, order: torch.Tensor, k: int | torch.Tensor) -> Selection:
     "What ARR-2 keeps with budget k, an int or `(b,)`, given its greedy order."
     k = torch.as_tensor(k, device="cpu").expand(len(c))
@@ -151,7 +151,7 @@ def risk_table(
         rows.append([torch.stack(o, 1) for o in zip(*each)])
     return tuple(torch.cat(o) for o in zip(*rows))
 
-# %% ../nbs/12c_staged.ipynb #449a7dbe
+# %% ../nbs/12c_staged.ipynb #55274541
 def priced(risks: torch.Tensor, budgets: tuple[int, ...], price: float) -> torch.Tensor:
     "Which budget has the least risk + price x tokens: `(..., budgets)` to `(...)`; of equals, the smallest."
     return (risks + price * torch.tensor(budgets).to(risks)).argmin(-1)
@@ -162,7 +162,7 @@ def best_fixed(risks: torch.Tensor, budgets: tuple[int, ...], price: float) -> t
     i = int(priced(mean, budgets, price))
     return budgets[i], float(mean[i] + price * budgets[i])
 
-# %% ../nbs/12c_staged.ipynb #0e890a3f
+# %% ../nbs/12c_staged.ipynb #f8cbc625
 def search_opponents(
     cost: Callable,                         # Opponents -> a number
     begin: Opponents | None = None,         # Default: `Opponents()`
@@ -179,7 +179,7 @@ def search_opponents(
             if o not in tried: tried[o] = cost(o)
     return min(tried, key=tried.get), tried
 
-# %% ../nbs/12c_staged.ipynb #06728d19
+# %% ../nbs/12c_staged.ipynb #c752d2d5
 def summary(weight: torch.Tensor) -> torch.Tensor:
     "How concentrated a picture's weights `(b, n)` are: the shares of its 16, 64 and 256 heaviest patches, `(b, 3)`."
     w = (weight / weight.sum(1, keepdim=True)).sort(1, descending=True).values.cumsum(1)
@@ -198,7 +198,7 @@ class RiskHead(nn.Module):
         "Its input, `(b, 14)`."
         return torch.cat([asks(c), summary(weight)], 1)
 
-# %% ../nbs/12c_staged.ipynb #173fcf9b
+# %% ../nbs/12c_staged.ipynb #429500ab
 def train_head(
     head: RiskHead,
     x: torch.Tensor,       # (m, 14)
@@ -218,7 +218,7 @@ def train_head(
     head.requires_grad_(False)
     return losses
 
-# %% ../nbs/12c_staged.ipynb #fa3395e0
+# %% ../nbs/12c_staged.ipynb #c6bf340c
 def price_for(risks: torch.Tensor, budgets: tuple[int, ...], tokens: float, steps: int = 40) -> float:
     "The price at which m questions with these risks `(m, budgets)` take about `tokens` on average, by bisection on its logarithm."
     low, high, k = 1e-9, 1., torch.tensor(budgets).double()
@@ -240,7 +240,7 @@ class PricedBudget:
         r = self.head(self.head.reads(c, self.weight(c))).sigmoid()
         return torch.tensor(self.head.budgets)[priced(r, self.head.budgets, price).cpu()]
 
-# %% ../nbs/12c_staged.ipynb #8fd3aa39
+# %% ../nbs/12c_staged.ipynb #ab46f855
 class Remembered:
     "An encoder that encodes each text once."
     def __init__(self, encoder): self.encoder, self.known = encoder, {}
@@ -255,7 +255,7 @@ def context_of(encoder, features: torch.Tensor, questions: list[str], grid: tupl
     f = Features(features, grid)
     return Context(f, encoder.joint(f), query(encoder, questions))
 
-# %% ../nbs/12c_staged.ipynb #c56af83b
+# %% ../nbs/12c_staged.ipynb #51213709
 class Asked(Dataset):
     "Endless rows of one picture and one question, from stored scenes: features, evidence and text."
     def __init__(self, stored: list, vocab: Vocabulary, seed: int = 0): self.stored, self.vocab, self.seed = stored, vocab, seed
@@ -272,7 +272,7 @@ def collate_asked(items: list[dict]) -> dict:
     "Rows to a batch: as `collate_lessons`, and the questions' text."
     return collate_lessons(items) | dict(questions=[o["of"] for o in items])
 
-# %% ../nbs/12c_staged.ipynb #fc4229e5
+# %% ../nbs/12c_staged.ipynb #dbfde0b7
 def selected_loss(
     model,
     batch: dict,               # From `collate_asked`
@@ -286,7 +286,7 @@ def selected_loss(
     nll, wrong = risk(model, s, batch)
     return nll.mean(), dict(wrong=wrong.mean(), tokens=s.lengths.float().mean())
 
-# %% ../nbs/12c_staged.ipynb #d44fb74d
+# %% ../nbs/12c_staged.ipynb #8f148862
 def tune(
     model: VLM,                # Trained in place
     dataset,                   # Of rows as `Asked` gives them
@@ -302,7 +302,7 @@ def tune(
     loss = lambda m, b: selected_loss(m, b, reducer, encoder, budgets)
     return Learner(model, loss, dataset, cfg, out, collate=collate_asked, find_unused=True).fit()
 
-# %% ../nbs/12c_staged.ipynb #3b028596
+# %% ../nbs/12c_staged.ipynb #5eddeaa8
 class Whole(nn.Module):
     "A VLM and the network of its encoder, in one: gradients go through the chosen patches into the encoder."
     def __init__(self, encoder, model: VLM):
@@ -316,7 +316,7 @@ class Whole(nn.Module):
         f = self.vision.vit.features(pixels)
         return risk(self.vlm, keep(f, list(index.index.split(index.lengths.tolist()))), text)
 
-# %% ../nbs/12c_staged.ipynb #480db4c8
+# %% ../nbs/12c_staged.ipynb #2b363135
 def rates(whole: Whole, low: float = .01) -> list[dict]:
     "Parameter groups for `Learner(groups=...)`: the encoder at `low` times the learning rate, the VLM at the full one."
     part = lambda module: [p for p in module.parameters() if p.requires_grad]

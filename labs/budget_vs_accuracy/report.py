@@ -91,13 +91,21 @@ def picture(fig):
 
 def curves(rows, cost, label):
     "Accuracy against a cost, a line for each method."
-    fig, ax = plt.subplots(figsize=(8, 5))
-    for m in sorted({r["method"] for r in rows if ":" not in r["method"]}, key=lambda m: (m.startswith("arr"), m)):
+    fig, ax = plt.subplots(figsize=(9, 5))
+    names = {r["method"] for r in rows if r["method"] != "full" and ":shuffled" not in r["method"]}
+    bold = ("arr-1", "arr-2", "arr-2:fixed", "oracle", "random")
+    shades = iter(plt.get_cmap("tab20")(np.linspace(0, 1, 20)))
+    for m in sorted(names, key=lambda m: (m not in bold, m)):
         some = sorted((cost(r), r["accuracy"]) for r in rows if r["method"] == m)
-        own = m.startswith("arr") or m in ("oracle", "full", "random")
-        ax.plot(*zip(*some, strict=True), "o-", ms=3, lw=2 if own else 0.8, alpha=1 if own else 0.6, label=m)
+        own = dict(lw=2.5, color=f"C{bold.index(m)}") if m in bold else dict(lw=0.9, color=next(shades))
+        ax.plot(*zip(*some, strict=True), "o-", ms=3, label=m, **own)
+    for r in rows:
+        if r["method"] == "full":
+            ax.axhline(r["accuracy"], color="k", ls=":", label="all 576")
     ax.set(xscale="log", xlabel=label, ylabel="accuracy")
-    ax.legend(fontsize=6, ncol=2)
+    ax.xaxis.set_major_formatter("{x:.0f}")
+    ax.xaxis.set_minor_formatter("{x:.0f}")
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return picture(fig)
 
 
@@ -146,6 +154,8 @@ def as_table(rows, keys):
     "An HTML table of some keys of rows."
     cell = lambda v: (
         f"{v:.3f}"
+        if isinstance(v, float) and v < 50
+        else f"{v:.1f}"
         if isinstance(v, float)
         else " to ".join(f"{x:.3f}" for x in v)
         if isinstance(v, list)
