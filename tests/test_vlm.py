@@ -595,7 +595,8 @@ def test_train_writes_a_card_and_evaluate_repeats_it(quick_run):
     out, env, r = quick_run
     assert r.exit_code == 0, (r.output, r.exception)
     card = json.loads((out / "run" / "vlm-mlp.json").read_text(encoding="utf-8"))
-    assert (card["architecture"], card["dtype"], card["steps"], card["name"]) == ("VLM", "float16", 2 * len(tuning.STAGES), "arr/vlm-mlp")
+    steps = 2 * len(tuning.STAGES)
+    assert (card["architecture"], card["dtype"], card["steps"], card["name"]) == ("VLM", "float16", steps, "arr/vlm-mlp")
     assert card["sha256"] == sha256(out / "run" / "vlm-mlp.safetensors")
     assert card["command"] == "arr-course train vlm-mlp --out runs/vlm-mlp --seed 0 --quick"
     assert {d.name for d in (out / "run").iterdir() if d.is_dir()} == set(tuning.STAGES)
