@@ -24,8 +24,7 @@ def fixed(c: Context, scores, tokens: float) -> torch.Tensor:
 
 def top_k(c: Context, scores: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     "The `k[i]` highest scores of each picture; equal ones in raster order."
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    return [o[:m] for o, m in zip(order, k.tolist(), strict=True)]
+    return prefix(scores.argsort(dim=1, descending=True, stable=True), k)
 
 def prefix(order: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
     "The first `k[i]` of each row of an order `(b, m)`."

@@ -20,10 +20,11 @@ from safetensors.torch import save_model  # noqa: E402
 
 from arr_course.core import provenance, write_json  # noqa: E402
 from arr_course.learner import Learner  # noqa: E402
+from arr_course.papers import exam_patches  # noqa: E402
 from arr_course.tuning import DECODER, QUERIES, lesson_loss  # noqa: E402
 from arr_course.vit import Features  # noqa: E402
 from arr_course.vlm import VLM, Assistant, VLMConfig  # noqa: E402
-from arr_course.vqa import FeatureStore, Lessons, Objectness, StoredScenes, collate_lessons, encoded, world_vocabulary  # noqa: E402
+from arr_course.vqa import FeatureStore, Lessons, Objectness, StoredScenes, collate_lessons, world_vocabulary  # noqa: E402
 from arr_course.vqa_evaluate import BATCH, Exam, from_mlp, grade, sit  # noqa: E402
 from arr_course.zoo import load  # noqa: E402
 
@@ -37,16 +38,6 @@ CONNECTORS = {  # name: (kind, settings, tokens out of 576)
     "pixel-shuffle": ("pixel-shuffle", {}, 144),
     "linear": ("linear", {}, 576),
     "mlp": ("mlp", dict(hidden=384), 576)}
-
-
-def paper(encoder, density, n, seed, folder):
-    "An exam with its features, computed once for all connectors."
-    items, path = list(Exam(density, n, seed).items()), Path(folder) / f"exam-{encoder.fingerprint}-{density}-{n}-{seed}.pt"
-    if path.exists(): return items, torch.load(path, weights_only=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    features = encoded(encoder, [i.scene for i in items])
-    torch.save(features, path)
-    return items, features
 
 
 def examined(model, encoder, papers):
@@ -103,7 +94,7 @@ def main():
     encoder = load("arr/filip-ti")
     stores = [FeatureStore(encoder, d, a.scenes, folder=a.features, shard=min(256, a.scenes)).fill() for d in ("dense", "sparse")]
     stored = [StoredScenes(s) for s in stores]
-    papers = {d: paper(encoder, d, a.n, 7, stores[0].folder.parent) for d in ("dense", "sparse")}
+    papers = {d: exam_patches(encoder, Exam(d, a.n, 7), a.features) for d in ("dense", "sparse")}
     for name in a.only.split(",") if a.only else CONNECTORS:
         out = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else dict(runs={})
         if name in out["runs"]: continue

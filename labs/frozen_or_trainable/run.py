@@ -28,6 +28,7 @@ from arr_course.blip2 import STAGE1, STAGE2, train_blip2  # noqa: E402
 from arr_course.connectors import keep_all  # noqa: E402
 from arr_course.core import provenance, write_json  # noqa: E402
 from arr_course.learner import Learner, TrainConfig  # noqa: E402
+from arr_course.papers import exam_patches  # noqa: E402
 from arr_course.reader import prior_of_types  # noqa: E402
 from arr_course.runs import read_log  # noqa: E402
 from arr_course.tuning import DECODER, Stage, lesson_loss, set_trainable, start_connector  # noqa: E402
@@ -174,16 +175,6 @@ def sit_gated(model, f, items) -> dict:
     return dict(model=words[:n], shuffled_image=words[n:], no_image=say(None, prompts))
 
 
-def paper(encoder, density, n, seed, folder):
-    "An exam with its features, computed once."
-    items, path = list(Exam(density, n, seed).items()), Path(folder) / f"exam-{encoder.fingerprint}-{density}-{n}-{seed}.pt"
-    if path.exists(): return items, torch.load(path, weights_only=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    features = encoded(encoder, [i.scene for i in items])
-    torch.save(features, path)
-    return items, features
-
-
 def examined(model, vit, encoder, papers) -> dict:
     "Figures on each density, with pictures encoded anew where a ViT was trained."
     model.eval()
@@ -228,7 +219,7 @@ def run(name, encoder, stored, papers, a) -> dict:
 def stored_scenes(encoder, a):
     "Training scenes with features, and the exams."
     stores = {d: FeatureStore(encoder, d, a.scenes, folder=a.features, shard=min(256, a.scenes)) for d in ("dense", "sparse")}
-    papers = {d: paper(encoder, d, a.n, 7, s.folder.parent) for d, s in stores.items()}
+    papers = {d: exam_patches(encoder, Exam(d, a.n, 7), a.features) for d in stores}
     return [StoredScenes(s.fill(progress=False)) for s in stores.values()], papers
 
 

@@ -21,6 +21,7 @@ from arr_course.contrastive import auroc  # noqa: E402
 from arr_course.core import provenance, write_json  # noqa: E402
 from arr_course.learner import TrainConfig  # noqa: E402
 from arr_course.metrics import paired_bootstrap  # noqa: E402
+from arr_course.papers import exam_patches  # noqa: E402
 from arr_course.questions import evidence_mask  # noqa: E402
 from arr_course.relevance import mean_similarity, novelty, objectness, relevance, surprisal  # noqa: E402
 from arr_course.select import Reducer  # noqa: E402
@@ -44,7 +45,7 @@ from arr_course.staged import (  # noqa: E402
     tune,
 )
 from arr_course.vlm import load_vlm  # noqa: E402
-from arr_course.vqa import FeatureStore, StoredScenes, encoded  # noqa: E402
+from arr_course.vqa import FeatureStore, StoredScenes  # noqa: E402
 from arr_course.vqa_evaluate import Exam  # noqa: E402
 
 HERE, BATCH, BUDGETS, PRICE = Path(__file__).resolve().parent, 36, (8, 16, 32, 64, 128, 256), .001
@@ -78,12 +79,8 @@ def training_half(encoder, vocab, stored, n, seed):
 
 def exam_half(encoder, vocab, density, n, seed, folder):
     "An exam on the test split, with its features, computed once."
-    items, path = list(Exam(density, n, seed).items()), Path(folder) / f"exam-{encoder.fingerprint}-{density}-{n}-{seed}.pt"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(encoded(encoder, [i.scene for i in items]), path)
+    items, features = exam_patches(encoder, Exam(density, n, seed), folder)
     shows = torch.stack([torch.from_numpy(evidence_mask(i.scene, i.question)) for i in items])
-    features = torch.load(path, weights_only=True)
     return Half(encoder, vocab, features, [i.question.text for i in items], [i.answer for i in items], shows)
 
 
@@ -120,7 +117,7 @@ class Lab:
         store = FeatureStore(assistant.encoder, a.density, a.scenes, folder=a.features, shard=min(256, a.scenes)).fill()
         self.stored, vocab = StoredScenes(store), self.model.vocab
         self.train = training_half(self.encoder, vocab, self.stored, a.rows, a.seed)
-        self.test = exam_half(self.encoder, vocab, a.density, a.n, 7, store.folder.parent)
+        self.test = exam_half(self.encoder, vocab, a.density, a.n, 7, a.features)
         thing = objectness(assistant.encoder)
         self.scores = (surprisal, novelty, mean_similarity, relevance, thing)
         self.free = arr_2(salience=thing)                      # stored features have no saliency: objectness stands in for it
