@@ -152,19 +152,18 @@ def gain_curve(paper):
 
 def as_table(rows, keys):
     "An HTML table of some keys of rows."
-    cell = lambda v: (
-        f"{v:.3f}"
-        if isinstance(v, float) and v < 50
-        else f"{v:.1f}"
-        if isinstance(v, float)
-        else " to ".join(f"{x:.3f}" for x in v)
-        if isinstance(v, list)
-        else f"{v['value']:+.3f} ({v['low']:+.3f} to {v['high']:+.3f})"
-        if isinstance(v, dict)
-        else str(v if v is not None else "")
-    )
+    plain = lambda v: f"{v:.3f}" if v < 50 else f"{v:.1f}"
+
+    def cell(key, v):
+        if isinstance(v, dict):  # a figure with its interval; differences with their sign
+            sign = "+" if key.startswith("diff") else ""
+            return "{:{s}.3f} ({:{s}.3f} to {:{s}.3f})".format(v["value"], v["low"], v["high"], s=sign)
+        if isinstance(v, list):
+            return " to ".join(plain(x) for x in v)
+        return plain(v) if isinstance(v, float) else "" if v is None else str(v)
+
     line = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{html.escape(str(x))}</{tag}>" for x in cells) + "</tr>"
-    return "<table>" + line(keys, "th") + "".join(line([cell(r.get(k)) for k in keys], "td") for r in rows) + "</table>"
+    return "<table>" + line(keys, "th") + "".join(line([cell(k, r.get(k)) for k in keys], "td") for r in rows) + "</table>"
 
 
 STYLE = (
