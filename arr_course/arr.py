@@ -176,6 +176,10 @@ class ARR2(Reducer):
         else:
             order, gains = self.gains(c, high, tau, low)
             k = gain_budget(gains, tau, low, high)
+        return self.kept(c, order, k)
+
+    def kept(self, c: Context, order: torch.Tensor, k: torch.Tensor) -> Selection:
+        "With budgets `k (b,)`, the beginning of a greedy order, and anchors: the order serves every smaller budget too."
         m = (k * self.opponents.compress).round().long()
         s = keep(c.features, prefix(order, k - m))
         return recycle(c, s, m, alike(c)) if int(m.max()) else s
