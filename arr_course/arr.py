@@ -172,11 +172,9 @@ class ARR2(Reducer):
         tau, low, high = self.threshold(tokens), floor(tokens), min(self.high, c.n)
         if self.budget is not None or tau is None:
             k = (self.budget or fixed)(c, None, tokens).clamp(1, c.n)
-            order, _ = self.gains(c, int(k.max()))
-        else:
-            order, gains = self.gains(c, high, tau, low)
-            k = gain_budget(gains, tau, low, high)
-        return self.kept(c, order, k)
+            return self.kept(c, self.gains(c, int(k.max()))[0], k)
+        order, gains = self.gains(c, high, tau, low)
+        return self.kept(c, order, gain_budget(gains, tau, low, high))
 
     def kept(self, c: Context, order: torch.Tensor, k: torch.Tensor) -> Selection:
         "With budgets `k (b,)`, the beginning of a greedy order, and anchors: the order serves every smaller budget too."
