@@ -82,7 +82,7 @@ def grouped_attention(
     q: torch.Tensor,      # `(b, heads, n, head_dim)`
     k: torch.Tensor,      # `(b, kv_heads, m, head_dim)`: query head i reads key-value head i // (heads / kv_heads)
     v: torch.Tensor,      # Like `k`
-    mask: torch.Tensor,   # `(b or 1, n, m)` bool: where each query may look, at one place or more
+    mask: torch.Tensor,   # `(b or 1, n, m)` bool: where each query may look, at one place or more; or floats, added to the logits
     weights: list | None = None,   # A list that gets the table of attention, `(b, heads, n, m)`
 ) -> torch.Tensor:
     "What each query takes home, `(b, heads, n, head_dim)`: fused, but for bf16 on a CPU and where the table is asked for."
@@ -92,7 +92,8 @@ def grouped_attention(
     kv, g = k.shape[1], h // k.shape[1]
     q = (q * d ** -.5).reshape(b, kv, g * n, d)                           # the g heads of a group, one below the other
     a = (q @ k.transpose(-2, -1)).view(b, kv, g, n, -1)                   # (b, kv, g, n, m)
-    a = a.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)
+    mask = mask[:, None, None]                                            # (b or 1, 1, 1, n, m)
+    a = (a.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else a + mask).softmax(-1)
     if weights is not None: weights.append(a.flatten(1, 2))
     return (a.view(b, kv, g * n, -1) @ v).view(b, h, n, d)
 

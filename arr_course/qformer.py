@@ -205,8 +205,11 @@ class QFormerConnector(nn.Module):
                                              norm_first=norm_first, norm_eps=1e-6))
         self.fc = nn.Linear(embed_dim, out_dim)
 
-    def forward(self, s: Selection, weights=None) -> Visual:
-        return answered(self.fc(self.qformer(*self.image(s), weights=weights)[0]))
+    def bring(self, s: Selection, weights=None) -> torch.Tensor:
+        "What the queries bring back, before the last matrix: `(b, q, embed_dim)`."
+        return self.qformer(*self.image(s), weights=weights)[0]
+
+    def forward(self, s: Selection, weights=None) -> Visual: return answered(self.fc(self.bring(s, weights)))
 
 # %% ../nbs/08a_qformer.ipynb #10bc670e
 class SquaredReLU(nn.Module):
@@ -262,9 +265,12 @@ class ResamplerConnector(nn.Module):
         self.proj, self.fc = nn.Linear(in_dim, embed_dim), nn.Linear(embed_dim, out_dim)
         self.resampler = Resampler(embed_dim, num_queries, depth, num_heads, mlp_dim=mlp_dim)
 
-    def forward(self, s: Selection, weights=None) -> Visual:
+    def bring(self, s: Selection, weights=None) -> torch.Tensor:
+        "What the latents bring back, before the last matrix: `(b, q, embed_dim)`."
         x, mask = self.image(s)
-        return answered(self.fc(self.resampler(self.proj(x), mask, weights)))
+        return self.resampler(self.proj(x), mask, weights)
+
+    def forward(self, s: Selection, weights=None) -> Visual: return answered(self.fc(self.bring(s, weights)))
 
 # %% ../nbs/08a_qformer.ipynb #676ff701
 @torch.no_grad()

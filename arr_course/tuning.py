@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BLOCKS', 'DECODER', 'SHIPPED', 'STAGES', 'QUERIES', 'start_words', 'start_connector', 'start_alike', 'start_places',
            'start', 'answer_loss', 'named_words', 'attention_on', 'grounding_loss', 'Stage', 'lesson_loss', 'looks',
-           'set_trainable', 'run_stage', 'train_vlm']
+           'set_trainable', 'run_stage', 'train_vlm', 'coarse', 'look_alike', 'start_queries', 'start_output']
 
 # %% ../nbs/09e_tuning.ipynb #1c5a7505
 import math
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .connectors import Selection, grid_pos
 from .learner import Learner, TrainConfig
 from .vit import Features
 from .vlm import VLM, VLMConfig
@@ -173,7 +174,7 @@ _TRAIN = dict(batch_size=8, warmup=100, weight_decay=.05, betas=(.9, .98), log_e
 STAGES = {"focus": Stage(TrainConfig(steps=2600, lr=1.2e-3, min_lr=4e-4, **_TRAIN)),
           "budgets": Stage(TrainConfig(steps=400, lr=4e-4, ema=.99, **_TRAIN), low=16, high=400, full=.25, random=.25),
           "whole": Stage(TrainConfig(steps=900, lr=8e-4, min_lr=1e-5, ema=.995, **_TRAIN), low=16, high=400, full=.5, random=.2, more=3)}
-QUERIES = {"questions": Stage(TrainConfig(steps=400, lr=1e-3, **_TRAIN), full=1., ground=0.)}   # of connectors with queries, which read every patch
+QUERIES = {"questions": Stage(TrainConfig(steps=1600, lr=5e-4, min_lr=1e-5, ema=.99, **_TRAIN), full=1., ground=0.)}   # of connectors with queries, which read every patch
 
 # %% ../nbs/09e_tuning.ipynb #54f4e1ce
 def train_vlm(
@@ -199,3 +200,63 @@ def train_vlm(
         stage = replace(stage, cfg=replace(stage.cfg, seed=seed))
         model = run_stage(model, stage, stored, objectness, Path(out) / name)
     return model
+
+# %% ../nbs/09e_tuning.ipynb #caff2c55
+def coarse(
+    q: int,                  # How many cells
+    grid: tuple[int, int],   # Of the patches
+) -> torch.Tensor:
+    "Which of q cells each patch is in, `(n,)`: the squarest division of the grid with rows x columns = q."
+    rows = next(r for r in range(int(q ** .5), 0, -1) if q % r == 0)
+    row, col = (torch.arange(g) * k // g for g, k in zip(grid, (rows, q // rows)))
+    return (row[:, None] * (q // rows) + col).flatten()
+
+# %% ../nbs/09e_tuning.ipynb #7921b9a5
+@torch.no_grad()
+def look_alike(layer, sharp: float) -> None:
+    "A layer's attention to the picture compares vectors as they are and brings them as they are; its other branches start small."
+    qformer = hasattr(layer, "cross")
+    heads, small = (layer.cross, (layer.attn.proj, layer.mlp.fc2)) if qformer else (layer.attn, (layer.mlp[3],))
+    ask, give = (sharp ** .5, 1.) if qformer else (1., 1 / sharp)
+    eye = torch.eye(heads.q.weight.shape[1])
+    for o, w in zip((heads.q, heads.kv, heads.proj), (ask * eye, torch.cat([ask * eye, give * eye]), eye)):
+        o.weight.copy_(w)
+        if o.bias is not None: o.bias.zero_()
+    for o in small: o.weight.mul_(.1)
+    if not qformer: layer.image_norm.weight.fill_(sharp)
+
+# %% ../nbs/09e_tuning.ipynb #fa908d56
+@torch.no_grad()
+def start_queries(
+    model: VLM,
+    sharp: float = 3.,   # How much patches of the own place outweigh others
+) -> torch.Tensor:
+    "Each query of a Q-Former or resampler starts as the mean place of a cell and looks for its like. Returns the patches' cells, `(n,)`."
+    c, grid = model.connector, model.cfg.grid
+    if getattr(c, "num_queries", None) is None or c.image.place is None: raise ValueError(f"a {model.cfg.connector} connector has no queries that could start at places")
+    inner, queries = (c.qformer, c.qformer.queries) if hasattr(c, "qformer") else (c.resampler, c.resampler.latents)
+    if queries.shape[2] != c.in_dim: raise ValueError(f"queries are {queries.shape[2]} wide and patches {c.in_dim}: they must be alike to find each other")
+    cell = coarse(queries.shape[1], grid)
+    place = torch.zeros_like(queries[0]).index_add(0, cell, c.image.place(grid_pos(torch.arange(len(cell)), grid)))
+    queries.copy_(F.layer_norm(place, place.shape[1:]))
+    for layer in inner.layers: look_alike(layer, sharp)
+    if hasattr(c, "proj"): nn.init.eye_(c.proj.weight); c.proj.bias.zero_()
+    return cell
+
+# %% ../nbs/09e_tuning.ipynb #925d0e9c
+@torch.no_grad()
+def start_output(
+    model: VLM,
+    teacher: VLM,         # Whose visual tokens are the goal: one for each patch
+    s: Selection,         # All patches of some pictures
+    cell: torch.Tensor,   # From `start_queries`
+    ridge: float = 1e-3,
+) -> float:
+    "The connector's last matrix by ridge regression on the teacher's visual tokens, averaged in each cell; the share of their variance that it explains."
+    c, mean = model.connector, F.one_hot(cell).double() / cell.bincount()
+    x = F.pad(c.bring(s).flatten(0, 1).double(), (0, 1), value=1.)                        # (b q, embed_dim + 1)
+    y = (mean.T @ teacher.visual(s).embeddings.double()).flatten(0, 1)                    # (b q, d)
+    w = torch.linalg.solve(x.T @ x + ridge * len(x) * torch.eye(x.shape[1]), x.T @ y)
+    c.fc.weight.copy_(w[:-1].T); c.fc.bias.copy_(w[-1])
+    if model.balance is not None: model.balance.weight.mul_(y.norm(dim=1).mean() / model.balance.weight.norm())
+    return 1 - float((y - x @ w).square().sum() / (y - y.mean(0)).square().sum())

@@ -9,6 +9,7 @@ __all__ = ['BATCH', 'Item', 'Exam', 'other_pictures', 'batches_of', 'sit', 'grad
 # %% ../nbs/10b_vqa_evaluate.ipynb #0170a3d8
 import os, time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,11 +25,11 @@ from .pairs import question_pairs
 from .questions import TYPES, Question
 from .reader import SymbolicReader, prior_of_types
 from .runs import read_log
-from .tuning import DECODER, QUERIES, SHIPPED, STAGES, train_vlm
+from .tuning import DECODER, QUERIES, SHIPPED, STAGES, start_output, start_queries, train_vlm
 from .vit import Features
 from .vlm import VLM, Assistant, VLMConfig, answer_ids, load_vlm, read_picture
 from .vqa import world_vocabulary
-from .world import Scene, render
+from .world import Scene, render, sample_scene
 from .zoo import load, save_card
 
 # %% ../nbs/10b_vqa_evaluate.ipynb #2fae2dee
@@ -162,17 +163,27 @@ def vlm_config(name: str) -> VLMConfig:
     return VLMConfig(words=world_vocabulary().words, connector=kind, settings=settings, decoder=DECODER)
 
 # %% ../nbs/10b_vqa_evaluate.ipynb #9e65d075
-def from_mlp(model: VLM, encoder, name: str = "arr/vlm-mlp") -> VLM:
-    "Give a VLM the decoder of a shipped one; its connector stays as it is. Returns the model."
-    model.decoder.load_state_dict(load_vlm(name, device="cpu").model.decoder.state_dict())
+def from_mlp(
+    model: VLM,
+    encoder,
+    scenes: int = 0,             # On so many training scenes the connector's queries start at places; 0: it stays as it is
+    name: str = "arr/vlm-mlp",
+) -> VLM:
+    "Give a VLM the decoder of a shipped one, and if wanted a connector that begins near its tokens. Returns the model."
+    teacher = load_vlm(name, device="cpu").model
+    model.decoder.load_state_dict(teacher.decoder.state_dict())
     model.decoder.requires_grad_(True)
+    if scenes:
+        pictures = [render(sample_scene(i, d, "train")) for i in range(scenes // 2) for d in ("dense", "sparse")]
+        seen = Features(encoder.encode(pictures).patches.cpu(), model.cfg.grid)
+        start_output(model, teacher, keep_all(seen), start_queries(model))
     return model
 
 # %% ../nbs/10b_vqa_evaluate.ipynb #4e4d2401
 def recipe_of(name: str) -> tuple[dict, dict]:
     "Stages of a shipped VLM, and how it begins, as arguments of `train_vlm`."
     if name.startswith("vlm-mlp"): return dict(stages=STAGES), dict(recipe="LLaVA-style VLM: MLP connector, small Llama decoder from nothing, on frozen arr/filip-ti; grounding loss; budgets of 16 to 576 tokens")
-    return dict(stages=QUERIES, begin=from_mlp), dict(recipe=f"VLM with a {SHIPPED[name][0]} of {SHIPPED[name][1]['num_queries']} tokens on frozen arr/filip-ti; its decoder starts as that of arr/vlm-mlp")
+    return dict(stages=QUERIES, begin=partial(from_mlp, scenes=48)), dict(recipe=f"VLM with a {SHIPPED[name][0]} of {SHIPPED[name][1]['num_queries']} tokens on frozen arr/filip-ti; its decoder starts as that of arr/vlm-mlp, its queries at places")
 
 # %% ../nbs/10b_vqa_evaluate.ipynb #6737417b
 def train_shipped(

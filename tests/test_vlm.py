@@ -615,7 +615,7 @@ def test_query_vlms_begin_with_the_mlps_decoder(quick_run, monkeypatch):
     monkeypatch.setenv("ARR_WEIGHTS", env["ARR_WEIGHTS"])
     decoder = load_vlm("arr/vlm-mlp", device="cpu").model.decoder.state_dict()
     how = ve.recipe_of("vlm-qformer-32")[0]
-    model = how["begin"](VLM(ve.vlm_config("vlm-qformer-32")), None)
+    model = how["begin"](VLM(ve.vlm_config("vlm-qformer-32")), zoo.load("arr/filip-ti", device="cpu"))
     assert how["stages"] is tuning.QUERIES and all(torch.equal(v, decoder[k]) for k, v in model.decoder.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
 

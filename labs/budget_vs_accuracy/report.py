@@ -90,15 +90,19 @@ def picture(fig):
 
 
 def curves(rows, cost, label):
-    "Accuracy against a cost, a line for each method."
+    "Accuracy against a cost, a line for each method: ours, the controls and the best peers in colour, the others grey."
     fig, ax = plt.subplots(figsize=(9, 5))
-    names = {r["method"] for r in rows if r["method"] != "full" and ":shuffled" not in r["method"]}
+    names = {r["method"] for r in rows if r["method"] != "full" and not r["method"].endswith((":shuffled", "+tuned"))}
     bold = ("arr-1", "arr-2", "arr-2:fixed", "oracle", "random")
-    shades = iter(plt.get_cmap("tab20")(np.linspace(0, 1, 20)))
-    for m in sorted(names, key=lambda m: (m not in bold, m)):
+    few = {m: [r["accuracy"] for r in rows if r["method"] == m and r["budget"] in (64, 32)] for m in names - set(bold)}
+    peers = sorted((m for m in few if few[m]), key=lambda m: -np.mean(few[m]))[:5]
+    for m in sorted(names, key=lambda m: (m in bold, m in peers)):
         some = sorted((cost(r), r["accuracy"]) for r in rows if r["method"] == m)
-        own = dict(lw=2.5, color=f"C{bold.index(m)}") if m in bold else dict(lw=0.9, color=next(shades))
-        ax.plot(*zip(*some, strict=True), "o-", ms=3, label=m, **own)
+        own = dict(lw=0.8, color="0.75")
+        if m in bold + tuple(peers):
+            own = dict(lw=2.5 if m in bold else 1.2, color=f"C{(*bold, *peers).index(m)}", label=m)
+        ax.plot(*zip(*some, strict=True), "o-", ms=3, **own)
+    ax.plot([], [], color="0.75", label="other methods")
     for r in rows:
         if r["method"] == "full":
             ax.axhline(r["accuracy"], color="k", ls=":", label="all 576")
@@ -156,7 +160,7 @@ def as_table(rows, keys):
 
     def cell(key, v):
         if isinstance(v, dict):  # a figure with its interval; differences with their sign
-            sign = "+" if key.startswith("diff") else ""
+            sign = "+" if key.startswith("diff") or "minus" in key else ""
             return "{:{s}.3f} ({:{s}.3f} to {:{s}.3f})".format(v["value"], v["low"], v["high"], s=sign)
         if isinstance(v, list):
             return " to ".join(plain(x) for x in v)
@@ -173,7 +177,7 @@ STYLE = (
 )
 
 
-def report(out, rows, room, lines, papers, quick=False):
+def report(out, rows, room, lines, papers, more, quick=False):
     "timing.json, promised.json and report.html from rows, headroom, stored answers and the exams."
     t = timing(2 if quick else 7)
     write_json(out / "timing.json", t)
@@ -231,7 +235,17 @@ def report(out, rows, room, lines, papers, quick=False):
                 ],
             )
         )
+    base = ["budget", "accuracy", "ci", "difference"]
     page += [
+        "<h2>ARR-2 with one part changed</h2>",
+        "<p>Difference to ARR-2 with as many tokens for each question (arr-2:fixed), on the same questions.</p>",
+        as_table(more["ablations"], ["method", "model", *base]),
+        "<h2>Settings chosen on validation questions</h2>",
+        "<p>Accuracy with the chosen setting, its difference to the published one, and ARR-2 (as shipped) minus it.</p>",
+        as_table(more["settings"], ["method", "setting", "published", *base, "arr_2_minus_it"]),
+        "<h2>Connectors that make few tokens by themselves</h2>",
+        "<p>Difference to arr/vlm-mlp with all patches, and with as many patches chosen by ARR-2.</p>",
+        as_table(more["learned"], ["model", *base, "minus_arr_2"]),
         "<h2>What is kept, at 64 tokens</h2>",
         keep_maps(papers["dense"]),
         "<h2>Gain curves</h2>",

@@ -4,8 +4,9 @@
     python labs/budget_vs_accuracy/run.py --quick --out FOLDER  # a minute, to see that it runs
     python labs/budget_vs_accuracy/run.py --only report         # tables, plots and report from what is there
 
-Results: answers.jsonl (right or wrong for each question), rows.json (the table), headroom.json, timing.json,
-plots, report.html. The phases stand in order of importance, so that a run that is stopped early is of use."""
+Results: answers.jsonl (right or wrong for each question), validation.jsonl and tuned.json (settings that were tried on
+validation questions, and chosen), rows.json (the table), ablations.json, headroom.json, timing.json, plots, report.html.
+The phases stand in order of importance, so that a run that is stopped early is of use."""
 
 import argparse
 import os
@@ -24,8 +25,12 @@ from arr_course.vqa_evaluate import Exam  # noqa: E402
 from arr_course.zoo import load  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+from variants import ABLATIONS, EXTRA, GRID, TUNED_AT, ablations, candidates, chosen, learned, settings, tuned  # noqa: E402
+
 ALL = (400, 256, 198, 128, 64, 32, 16)
 SOME = (198, 64, 32)
+VALIDATION = 540  # Questions of the split `val` on which settings are chosen
 FIRST = ("full", "random", "arr-2", "arr-2:fixed", "arr-2:shuffled", "oracle")
 PEERS = (
     "uniform",
@@ -69,9 +74,15 @@ CORE = (
     "occamtoken",
 )
 ONE, OTHERS = ("arr/vlm-mlp", "reader"), ("arr/vlm-mlp-s1", "arr/vlm-mlp-s2")
+QUERIES = tuple(f"arr/vlm-{kind}-{n}" for kind in ("qformer", "resampler") for n in (64, 32))  # make few tokens by themselves
+TUNED = tuple(f"{n}+tuned" for n in GRID)
 PHASES = (  # (density, models, methods, budgets)
     ("dense", ONE, FIRST, SOME),
     ("dense", ONE, (*PEERS, "arr-1"), SOME),
+    ("dense", ONE, ("arr-1:fixed", *EXTRA), SOME),
+    ("dense", ONE, tuple(ABLATIONS), (64, 32)),
+    ("dense", ONE, TUNED, (64, 32, 16)),
+    ("dense", QUERIES, ("full",), (576,)),
     ("dense", ONE, FIRST, ALL),
     ("sparse", ONE, CORE, SOME),
     ("dense", OTHERS, CORE, SOME),
@@ -86,17 +97,35 @@ def paper(encoder, density, a):
     return Paper(encoder, Exam(density, a.n, a.seed), a.pictures)
 
 
+def practice(encoder, a):
+    "The validation questions on which settings are chosen."
+    return Paper(encoder, Exam("dense", 36 if a.quick else VALIDATION, 1, "val"), a.pictures)
+
+
+def methods_at(encoder, density, a):
+    "Every method of the phases of a density by name, with thresholds for the budgets there."
+    some = [p for p in a.phases if p[0] == density]
+    ours = ABLATIONS | EXTRA | tuned(a.out / "tuned.json")
+    names = [m for m in dict.fromkeys(m for p in some for m in p[2]) if m not in ours and m not in TUNED]
+    return methods_of(encoder, names, sorted({b for p in some for b in p[3]}), a.pictures, density) | ours
+
+
 def work(a):
-    "What one process does: its share of the pictures, or its share of the results."
+    "What one process does: its share of the pictures, of the validation, or of the results."
     encoder = load("arr/filip-ti", device="cpu")
     if a.only == "fill":
         for density in ("dense", "sparse"):
             paper(encoder, density, a).fill(a.rank, a.world, progress=not a.rank)
             Paper(encoder, Exam(density, HELD_OUT, 0, "val"), a.pictures).fill(a.rank, a.world)
+        practice(encoder, a).fill(a.rank, a.world)
         return
-    names, budgets = dict.fromkeys(m for p in a.phases for m in p[2]), sorted({b for p in a.phases for b in p[3]})
-    methods = {d: methods_of(encoder, names, budgets, a.pictures, d) for d in dict.fromkeys(p[0] for p in a.phases)}
+    if a.only == "tune":
+        exam, out = practice(encoder, a).verify(), a.out / "validation.jsonl"
+        run(Runner(exam, ONE[:1], candidates(), out, a.rank, a.world, progress=not a.rank), list(candidates()), list(TUNED_AT))
+        return
+    methods = {d: methods_at(encoder, d, a) for d in dict.fromkeys(p[0] for p in a.phases)}
     for density, models, some, at in a.phases:
+        some = [m for m in some if m.partition(":")[0] in methods[density]]  # of the tuned only those that gained by it
         runner = Runner(
             paper(encoder, density, a).verify(),
             models,
@@ -133,6 +162,14 @@ def together(a, only):
         sys.exit(f"{only}: a process failed; what it had finished is kept")
 
 
+def choose(a):
+    "tuned.json: for each method the setting that was best on the validation questions."
+    exam = practice(load("arr/filip-ti", device="cpu"), a)
+    found = chosen(Runner(exam, ONE[:1], candidates(), a.out / "validation.jsonl"))
+    about = dict(questions=exam.exam.n, seed=exam.exam.seed, split="val", density="dense", budgets=TUNED_AT, model=ONE[0])
+    write_json(a.out / "tuned.json", dict(methods=found) | about)
+
+
 def tables(a):
     "Rows of everything that is there, and the headroom of budgets."
     encoder, rows, room, papers, lines = load("arr/filip-ti", device="cpu"), [], [], {}, []
@@ -140,10 +177,14 @@ def tables(a):
         models = dict.fromkeys(m for p in a.phases if p[0] == density for m in p[1])
         papers[density] = paper(encoder, density, a)
         runner = Runner(papers[density], list(models), {}, a.out / "answers.jsonl")
-        rows += [dict(density=density) | r for r in table(runner)]
+        rows += [dict(density=density) | r for r in table(runner) if r["method"] not in ABLATIONS and r["model"] not in QUERIES]
+        if density == "dense":
+            more = dict(ablations=[r for m in models if m not in QUERIES for r in ablations(runner, m)])
+            more |= dict(settings=settings(runner, a.out / "tuned.json"), learned=learned(runner, ONE[0], QUERIES))
+            write_json(a.out / "ablations.json", more)
         now = [o for o in runner.lines if o["density"] == density and o["model"] in models]  # of these weights, and of this exam
         lines += [o for o in now if runner.found(o["method"], o["budget"], o["model"]) is o]
-        for m in models:
+        for m in (m for m in models if m not in QUERIES):
             for method in ("random", "arr-2:fixed", "oracle"):
                 try:
                     room.append(dict(density=density, model=m, method=method) | headroom_of(runner, method, m))
@@ -151,7 +192,7 @@ def tables(a):
                     print(e)
     write_json(a.out / "rows.json", dict(rows=rows, provenance=runner.provenance, questions=a.n, seed=a.seed))
     write_json(a.out / "headroom.json", room)
-    return rows, room, papers, lines
+    return rows, room, papers, lines, more
 
 
 def main():
@@ -162,7 +203,7 @@ def main():
     p.add_argument("--pictures", help="folder of the encoded pictures; default: in the cache folder")
     p.add_argument("--out", type=Path, default=HERE / "results")
     p.add_argument("--quick", action="store_true")
-    p.add_argument("--only", choices=("fill", "run", "report"))
+    p.add_argument("--only", choices=("fill", "tune", "run", "report"))
     p.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     p.add_argument("--world", type=int, help=argparse.SUPPRESS)
     a = p.parse_args()
@@ -172,20 +213,25 @@ def main():
         a.n, a.processes, a.phases = (
             36,
             1,
-            (("dense", ONE, ("full", "random", "arr-2", "arr-2:fixed", "divprune", "oracle"), (198, 64, 16)),),
+            (
+                ("dense", ONE, ("full", "random", "arr-2", "arr-2:fixed", "divprune", "oracle"), (198, 64, 16)),
+                ("dense", ONE, ("arr-2 top-k", "arr-2 reindexed"), (64,)),
+            ),
         )
     if a.rank is not None:
         return work(a)
     if a.only in (None, "fill"):
         together(a, "fill")
+    if a.only in (None, "tune"):
+        together(a, "tune")
+        choose(a)
     if a.only in (None, "run"):
         together(a, "run")
     if a.only in (None, "report"):
-        rows, room, papers, lines = tables(a)
-        sys.path.insert(0, str(HERE))
+        rows, room, papers, lines, more = tables(a)
         from report import report
 
-        report(a.out, rows, room, lines, papers, a.quick)
+        report(a.out, rows, room, lines, papers, more, a.quick)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Eight connectors in front of the same decoder, trained equally: what does a token buy?
+"""Ten connectors in front of the same decoder, trained equally: what does a token buy?
 
-    python labs/connectors/run.py                      # eight runs; writes results/connectors.json
+    python labs/connectors/run.py                      # ten runs; writes results/connectors.json
     python labs/connectors/run.py --quick --out x.json # a few steps of each, to see that it runs
 
 Every connector is new; the decoder starts as that of arr/vlm-mlp and learns along. Every finished run is kept
@@ -19,9 +19,9 @@ import torch  # noqa: E402
 from safetensors.torch import save_model  # noqa: E402
 
 from arr_course.core import provenance, write_json  # noqa: E402
-from arr_course.learner import Learner  # noqa: E402
+from arr_course.learner import Learner, TrainConfig  # noqa: E402
 from arr_course.papers import exam_patches  # noqa: E402
-from arr_course.tuning import DECODER, QUERIES, lesson_loss  # noqa: E402
+from arr_course.tuning import DECODER, Stage, lesson_loss  # noqa: E402
 from arr_course.vit import Features  # noqa: E402
 from arr_course.vlm import VLM, Assistant, VLMConfig  # noqa: E402
 from arr_course.vqa import FeatureStore, Lessons, Objectness, StoredScenes, collate_lessons, world_vocabulary  # noqa: E402
@@ -38,6 +38,8 @@ CONNECTORS = {  # name: (kind, settings, tokens out of 576)
     "pixel-shuffle": ("pixel-shuffle", {}, 144),
     "linear": ("linear", {}, 576),
     "mlp": ("mlp", dict(hidden=384), 576)}
+for n in ("qformer-64", "resampler-64"): CONNECTORS[n + " at places"] = CONNECTORS[n]   # `tuning.start_queries`
+STAGE = Stage(TrainConfig(steps=400, batch_size=8, lr=1e-3, warmup=100, weight_decay=.05, betas=(.9, .98)), full=1., ground=0.)
 
 
 def examined(model, encoder, papers):
@@ -60,9 +62,9 @@ def run(name, encoder, stored, papers, a):
     kind, settings, tokens = CONNECTORS[name]
     torch.manual_seed(a.seed)
     cfg = VLMConfig(words=world_vocabulary().words, connector=kind, settings=settings, decoder=DECODER)
-    model, stage = from_mlp(VLM(cfg), encoder), QUERIES["questions"]
-    train = replace(stage.cfg, steps=a.steps, seed=a.seed, log_every=min(25, a.steps), save_every=None)
-    stage = replace(stage, cfg=train)
+    model = from_mlp(VLM(cfg), encoder, scenes=48 if name.endswith("at places") else 0)
+    train = replace(STAGE.cfg, steps=a.steps, seed=a.seed, log_every=min(25, a.steps), save_every=None)
+    stage = replace(STAGE, cfg=train)
     loss = partial(lesson_loss, stage=stage, objectness=Objectness(encoder), grid=cfg.grid)
     lessons = Lessons(stored, model.vocab, draws=a.draws, seed=a.seed)
     learner = Learner(model, loss, lessons, train, collate=collate_lessons, find_unused=True)
@@ -78,7 +80,7 @@ def run(name, encoder, stored, papers, a):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--steps", type=int, default=QUERIES["questions"].cfg.steps)
+    p.add_argument("--steps", type=int, default=STAGE.cfg.steps)
     p.add_argument("--draws", type=int, default=2)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--n", type=int, default=540, help="test questions of each density")

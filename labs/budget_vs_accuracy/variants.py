@@ -1,0 +1,156 @@
+"""What the lab tries beside the methods of the package: ARR-2 with one part changed, and methods with other settings.
+
+A setting is chosen on validation questions (`results/validation.jsonl`), one for all budgets, and then stands as NAME+tuned
+beside NAME with its published setting on the test questions."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+from arr_course.arr import Weight, arr_1, arr_2, position
+from arr_course.harness import accuracy_of, difference, right_of
+from arr_course.peers import PEERS, conditional, cover_both, dpp, each, entropy_weight, sieve, three_wishes
+from arr_course.reducers import REDUCERS, dart, holov, scope, vispruner, zip_merge, zip_targets
+from arr_course.relevance import mean_similarity
+from arr_course.select import Reducer
+
+TUNED_AT = (64, 32)
+
+
+def reindexed(c, tokens):
+    "What ARR-2 keeps, with places as if there were no other patches."
+    return position(arr_2()(c, tokens), "reindex")
+
+
+ABLATIONS = {  # each gives every question the same number of tokens; compare with arr-2:fixed
+    "arr-2 no relevance": arr_2(q=0.0),
+    "arr-2 no saliency": arr_2(cover=0.0),
+    "arr-2 saliency too": arr_2(p=1.0),
+    "arr-2 information too": arr_2(s=1.0),
+    "arr-2 mean relevance": arr_2(relevant=mean_similarity),
+    "arr-2 only exploits": arr_2(explore=0.0),
+    "arr-2 only explores": arr_2(explore=1.0),
+    "arr-2 top-k": arr_2(diversify=0.0),
+    "arr-2 most diverse": arr_2(diversify=1.0),
+    "arr-2 dpp": Reducer("arr-2 dpp", Weight(), lambda c, w, k: dpp(c, w / w.amax(1, keepdim=True), k), uses_query=True),
+    "arr-2 recycles": arr_2(compress=0.25),
+    "arr-2 reindexed": reindexed,
+}
+
+
+EXTRA = {"arr-1 same mean": arr_1(share=0.5)}  # half of the questions get more by ARR-1's rule: here others get less
+
+
+def visionzip(contextual, average=False):
+    "VisionZip with another share of merged tokens; with `average`, these are true means."
+    choose, merge = partial(zip_targets, contextual=contextual), partial(zip_merge, contextual=contextual, average=average)
+    return dict(choose=choose, merge=merge)
+
+
+def power_of(p):
+    "CDPruner's relevance to a power: the paper has none, which is 1."
+    return lambda c: conditional(c) ** p
+
+
+GRID = {  # method: label -> what is changed; every paper's own setting is tried as well
+    "scope": {f"alpha={a}": dict(choose=partial(scope, alpha=a)) for a in (0.5, 2.0, 4.0)},
+    "vispruner": {f"important={a}": dict(choose=partial(vispruner, important=a)) for a in (0.1, 0.25, 0.75)},
+    "visionzip": {f"contextual={a}": visionzip(a) for a in (0.0, 0.08, 0.3)} | {"average": visionzip(10 / 64, True)},
+    "holov": {f"runs={r} alpha={a}": dict(choose=partial(holov, runs=r, alpha=a)) for r in (8, 36) for a in (0.09, 0.5)},
+    "dart": {f"pivots={p}": dict(choose=partial(dart, pivots=p)) for p in (2, 4, 16)},
+    "cdpruner": {f"power={p}": dict(score=power_of(p)) for p in (0.5, 2.0, 4.0)},
+    "eadp": {
+        f"mix={m} power={p}": dict(score=partial(entropy_weight, mix=m, power=p)) for m in (0.0, 0.5) for p in (4.0, 8.0, 16.0)
+    },
+    "mmtok": {
+        f"alpha={a} text={t}": dict(choose=partial(cover_both, alpha=a, text=t)) for a in (0.25, 0.75) for t in (0.02, 0.05)
+    },
+    "tops": {
+        f"cover={a} novel={b}": dict(choose=each(partial(three_wishes, cover=a, novel=b))) for a in (0.1, 0.5) for b in (0.5, 1.0)
+    },
+    "sieve": {"as published": dict(choose=each(sieve))},
+    "arr-2": {
+        f"q={q} explore={e} diversify={d}": dict(arr=dict(q=q, explore=e, diversify=d))
+        for q in (4.0, 8.0, 16.0)
+        for e in (0.15, 0.3)
+        for d in (0.5, 0.75)
+    },
+}
+
+
+def with_setting(name, change):
+    "A method with something changed."
+    if "arr" in change:
+        return arr_2(**change["arr"])
+    return replace((REDUCERS | PEERS)[name], **change)
+
+
+def candidates():
+    "Everything that is tried on validation questions: name -> reducer. A method's bare name is its published setting."
+    out = {n: arr_2() if n == "arr-2" else (REDUCERS | PEERS)[n] for n in GRID}
+    return out | {f"{n} {label}": with_setting(n, change) for n, some in GRID.items() for label, change in some.items()}
+
+
+def chosen(runner, model="arr/vlm-mlp"):
+    "For each method the setting with the most right answers over both budgets, the published one where that is as good."
+    out = {}
+    for name in GRID:
+        tried = {}
+        for label in ("", *GRID[name]):
+            lines = [runner.found(f"{name} {label}".strip(), b, model) for b in TUNED_AT]
+            tried[label] = [float(right_of(o).mean()) for o in lines]
+        best = max(tried, key=lambda k: (round(sum(tried[k]), 6), not k))
+        rounded = {k or "published": [round(x, 4) for x in v] for k, v in tried.items()}
+        out[name] = dict(setting=best or "published", tried=rounded)
+    return out
+
+
+def tuned(path):
+    "NAME+tuned -> reducer, from tuned.json; nothing where the published setting was best, or no file is there."
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))["methods"]
+    return {f"{n}+tuned": with_setting(n, GRID[n][o["setting"]]) for n, o in found.items() if o["setting"] != "published"}
+
+
+def paired(line, other, **more):
+    "A result beside another on the same questions: accuracy, and the difference with its interval."
+    right = right_of(line)
+    acc = accuracy_of(right)
+    facts = dict(budget=line["budget"], accuracy=acc["value"], ci=[acc["low"], acc["high"]])
+    return facts | dict(difference=difference(right, right_of(other))) | more
+
+
+def ablations(runner, model):
+    "Each change to ARR-2 beside ARR-2, with the same number of tokens for each question."
+    found = lambda name, b: runner.found(name, b, model)
+    pairs = [(n, found(n, b), found("arr-2:fixed", b)) for b in TUNED_AT for n in ABLATIONS]
+    return [dict(method=n, model=model) | paired(o, base) for n, o, base in pairs if o and base]
+
+
+def settings(runner, path, model="arr/vlm-mlp"):
+    "Each method with its tuned setting beside the published one on the test questions, and ARR-2 beside both."
+    if not path.is_file():
+        return []
+    out = []
+    for name, o in json.loads(path.read_text(encoding="utf-8"))["methods"].items():
+        for b in (*TUNED_AT, 16):
+            first = runner.found(name if name != "arr-2" else "arr-2:fixed", b, model)
+            best, ours = runner.found(f"{name}+tuned", b, model) or first, runner.found("arr-2:fixed", b, model)
+            if first and ours:
+                gap = difference(right_of(ours), right_of(best))
+                published = round(float(right_of(first).mean()), 4)
+                out.append(dict(method=name, setting=o["setting"], published=published) | paired(best, first, arr_2_minus_it=gap))
+    return out
+
+
+def learned(runner, model, queries):
+    "A VLM whose connector makes so few tokens by itself, beside `model` with all patches and with as many chosen ones."
+    all_, chosen_ = runner.found("full", 576, model), lambda b: runner.found("arr-2:fixed", b, model)
+    out = []
+    for name in queries:
+        b, line = int(name.rpartition("-")[2]), runner.found("full", 576, name)
+        if line and all_ and chosen_(b):
+            gap = difference(right_of(line), right_of(chosen_(b)))
+            out.append(dict(model=name) | paired(line, all_, minus_arr_2=gap) | dict(budget=b))
+    return out
