@@ -635,10 +635,6 @@ def test_a_wrong_number_of_questions_is_said_before_training(quick_run, tmp_path
     with pytest.raises(ValueError, match="even number"): ve.train_shipped("vlm-mlp", tmp_path, n=37)
 
 
-# What the intervals of a card begin above: gain over each control, and pairs. Queries have learned far less in their 400 steps.
-FLOORS = {"mlp": (.2, .3), "qformer": (.05, .08), "resampler": (.05, .08)}
-
-
 @pytest.mark.parametrize("path", [p for p in zoo.shipped_files() if p.stem.startswith("vlm-")], ids=lambda p: p.stem)
 def test_shipped_vlms_are_what_their_cards_say(path):
     "The card is of these weights and of the shipped encoder, and the model needs the picture."
@@ -646,13 +642,11 @@ def test_shipped_vlms_are_what_their_cards_say(path):
     a, about = load_vlm(card["name"], device="cpu"), card["evaluation"]
     assert path.stat().st_size <= 12e6 and about["fingerprint"] == a.encoder.fingerprint and about["split"] == "test"
     assert a.model.vocab == world_vocabulary() and card["parameters"] == sum(p.numel() for p in a.model.parameters())
-    gain, pairs = FLOORS[a.model.cfg.connector]
     for d in ("dense", "sparse"):
         found = {k.partition("/")[2]: m for k, m in card["metrics"].items() if k.startswith(f"{d}/")}
         for k in ("no_image", "shuffled_image", "question_only"):
-            assert found[f"over_{k}"]["low"] > gain and found[k]["value"] <= .5, k
-        assert found["pairs"]["low"] > pairs
-    if a.model.cfg.connector != "mlp": return                                # the intervals of so few questions are wide
+            assert found[f"over_{k}"]["low"] > .2 and found[k]["value"] <= .5, k
+        assert found["pairs"]["low"] > .3
     items = list(ve.Exam("sparse", 18, 11).items())
     said = ve.sit(a, a.encoder.encode([render(o.scene) for o in items]), items, controls=False)["model"]
     assert sum(said == o.answer for said, o in zip(said, items, strict=True)) > 9, "whoever does not look has at most 9 of 18"
