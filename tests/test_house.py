@@ -95,7 +95,7 @@ ORDER = ["core", "photos", "images", "concepts", "world", "questions", "pairs", 
          "selfsup", "dino", "probes", "dense", "lora", "grounding", "evaluate", "connectors", "qformer",
          "abstractors", "vocab", "decoder", "generate", "vqa", "vlm", "tuning", "blip2", "flamingo", "metrics",
          "reader", "vqa_evaluate", "relevance", "select", "arr", "staged", "reducers", "peers", "inside", "bench", "papers",
-         "harness", "neighbours", "zero_shot", "embed", "label_free", "masks", "page", "report",
+         "harness", "packed", "neighbours", "zero_shot", "embed", "label_free", "masks", "page", "report",
          "doctor", "cli"]
 
 
