@@ -55,6 +55,14 @@ def test_page_shape(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_expected_errors_are_really_raised(path):
+    "`expect_fail` is a context manager: given a function, it would never call it."
+    for c in cells(path, "code"):
+        for line in source(c).splitlines():
+            assert "expect_fail(" not in line or "with expect_fail(" in line or "import" in line, f"write `with expect_fail(...): ...`: {line}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_no_warnings_or_paths_in_outputs(path):
     "Stored outputs carry no warnings, no traces and no paths of one machine."
     for c in cells(path, "code"):
