@@ -1,19 +1,25 @@
 """`arr-course budget` and the harness: its rows, going on where it was stopped, and answers that are the model's."""
 
+import importlib.util
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("typer"), pytest.importorskip("emoji"), pytest.importorskip("resvg_py"), pytest.importorskip("scipy")
 
 from typer.testing import CliRunner  # noqa: E402
 
+from arr_course.bench import taken  # noqa: E402
 from arr_course.cli import app  # noqa: E402
-from arr_course.connectors import keep_all  # noqa: E402
+from arr_course.connectors import keep, keep_all  # noqa: E402
 from arr_course.core import cache_dir  # noqa: E402
 from arr_course.harness import Runner, right_of, run  # noqa: E402
 from arr_course.papers import Paper, methods_of, read_part  # noqa: E402
+from arr_course.vit import Features  # noqa: E402
 from arr_course.vlm import answer, load_vlm  # noqa: E402
 from arr_course.vqa_evaluate import Exam  # noqa: E402
 
@@ -116,3 +122,65 @@ def test_mistakes(cache, args, says):
     "One line and exit code 2."
     code, out = budget(*args)
     assert code == 2 and says in out and "Traceback" not in out
+
+
+LAB = Path(__file__).resolve().parent.parent / "labs" / "budget_vs_accuracy"
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    "The lab's script on easy-VQA as a module; the folder on frozen encoders has one of the same name."
+    pytest.importorskip("easy_vqa"), pytest.importorskip("accelerate")
+    path, threads = list(sys.path), torch.get_num_threads()
+    spec = importlib.util.spec_from_file_location("budget_shapes", LAB / "shapes.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    yield module
+    sys.path[:] = path
+    torch.set_num_threads(threads)
+    for name in ("shapes", "shapes_report", "together"):
+        sys.modules.pop(name, None)
+
+
+def test_easy_vqa_runs_and_goes_on(shapes, tmp_path, monkeypatch):
+    "A quick run has every row and control; the same again trains nothing, encodes nothing, answers nothing and says the same."
+    out = tmp_path / "easy.json"
+    folders = ["--features", str(tmp_path / "f"), "--runs", str(tmp_path / "r")]
+    monkeypatch.setattr(sys, "argv", ["shapes.py", "--quick", "--out", str(out), *folders])
+    shapes.main()
+    found, lines = json.loads(out.read_text(encoding="utf-8")), out.with_suffix(".jsonl").read_text(encoding="utf-8")
+    by = {(r["method"], r["budget"]): r for r in found["rows"]}
+    assert by["full", 144]["diff_to_full"]["value"] == 0 and by["full", 144]["mean_tokens"] == 144
+    assert by["arr-2:fixed", 36]["std_tokens"] == 0 < by["arr-2", 36]["std_tokens"] and by["arr-1", 9]["mean_tokens"] == 9
+    assert 0 <= found["shape_kept"]["random"]["9"] < found["shape_kept"]["random"]["36"] < 1
+    for r in found["rows"]:
+        f, parts = r["accuracy"], r["by_type"].values()
+        assert f["low"] <= f["value"] <= f["high"] and f["questions"] == sum(p["questions"] for p in parts)
+        assert abs(f["value"] - sum(p["value"] * p["questions"] for p in parts) / f["questions"]) < 1e-3
+    assert set(found["controls"]) == {"question_only", "no_image", "shuffled_image"} and len(found["trained"]["curve"]) == 1
+    assert out.with_suffix(".png").stat().st_size < 60_000 and {"commit", "versions", "encoder"} <= set(found["provenance"])
+    for name in ("encode", "measure"):
+        monkeypatch.setattr(shapes, name, None)  # to call it would raise
+    monkeypatch.setattr(shapes.Learner, "one_step", None)
+    shapes.main()
+    assert json.loads(out.read_text(encoding="utf-8")) == found and out.with_suffix(".jsonl").read_text(encoding="utf-8") == lines
+
+
+def test_easy_vqa_answers_are_those_of_the_model(shapes):
+    "Several questions behind one reading of a picture are answered as each would be alone, whatever the other pictures' lengths."
+    vlm = load_vlm("arr/vlm-mlp", device="cpu").model
+    g = torch.Generator().manual_seed(0)
+    s = keep(Features(torch.randn(3, 16, 192, generator=g), (4, 4)), [torch.arange(16), torch.tensor([3]), torch.arange(5)])
+    asked = [["is there a cat?"], ["is there a dog?", "how many cats are there?"], ["is there a red disc?"] * 2]
+    said, _ = shapes.answers(vlm, s, [[vlm.vocab.encode(q) for q in o] for o in asked])
+    for i, questions in enumerate(asked):
+        assert said[i] == answer(vlm, taken(s, [i]), questions, rows=[0] * len(questions), max_new=3)
+
+
+def test_easy_vqa_evidence_and_shared_selections(shapes):
+    "A shape on a plain ground is found patch by patch; questions share a selection where the method cannot tell them apart."
+    x = torch.full((1, 3, 56, 56), 240, dtype=torch.uint8)
+    x[0, 0, 14:42, 28:42] = 0
+    assert shapes.evidence(x)[0].nonzero()[:, 0].tolist() == [6, 10]
+    asked = [(0, "is there a red shape?"), (0, "is there a circle?"), (0, "what shape is present?"), (1, "is there a circle?")]
+    assert list(shapes.groups(asked, False).values()) == [[0, 1, 2], [3]]
+    assert list(shapes.groups(asked, True).values()) == [[0], [1, 2], [3]]

@@ -121,7 +121,8 @@ def work(a):
         return
     if a.only == "tune":
         exam, out = practice(encoder, a).verify(), a.out / "validation.jsonl"
-        run(Runner(exam, ONE[:1], candidates(), out, a.rank, a.world, progress=not a.rank), list(candidates()), list(TUNED_AT))
+        names = [n for n in candidates() if not a.quick or n.startswith("scope")]
+        run(Runner(exam, ONE[:1], candidates(), out, a.rank, a.world, progress=not a.rank), names, list(TUNED_AT))
         return
     methods = {d: methods_at(encoder, d, a) for d in dict.fromkeys(p[0] for p in a.phases)}
     for density, models, some, at in a.phases:

@@ -92,13 +92,13 @@ def candidates():
 
 
 def chosen(runner, model="arr/vlm-mlp"):
-    "For each method the setting with the most right answers over both budgets, the published one where that is as good."
+    "Of each method that was tried the setting with the most right answers over both budgets; if as good, the published one."
     out = {}
     for name in GRID:
-        tried = {}
-        for label in ("", *GRID[name]):
-            lines = [runner.found(f"{name} {label}".strip(), b, model) for b in TUNED_AT]
-            tried[label] = [float(right_of(o).mean()) for o in lines]
+        tried = {k: [runner.found(f"{name} {k}".strip(), b, model) for b in TUNED_AT] for k in ("", *GRID[name])}
+        if None in sum(tried.values(), []):
+            continue
+        tried = {k: [float(right_of(o).mean()) for o in lines] for k, lines in tried.items()}
         best = max(tried, key=lambda k: (round(sum(tried[k]), 6), not k))
         rounded = {k or "published": [round(x, 4) for x in v] for k, v in tried.items()}
         out[name] = dict(setting=best or "published", tried=rounded)
