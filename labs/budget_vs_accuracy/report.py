@@ -94,7 +94,8 @@ def curves(rows, cost, label):
     fig, ax = plt.subplots(figsize=(9, 5))
     names = {r["method"] for r in rows if r["method"] != "full" and not r["method"].endswith((":shuffled", "+tuned"))}
     bold = ("arr-1", "arr-2", "arr-2:fixed", "oracle", "random")
-    few = {m: [r["accuracy"] for r in rows if r["method"] == m and r["budget"] in (64, 32)] for m in names - set(bold)}
+    others = {m for m in names if m not in bold and not m.startswith("arr-")}
+    few = {m: [r["accuracy"] for r in rows if r["method"] == m and r["budget"] in (64, 32)] for m in others}
     peers = sorted((m for m in few if few[m]), key=lambda m: -np.mean(few[m]))[:5]
     for m in sorted(names, key=lambda m: (m in bold, m in peers)):
         some = sorted((cost(r), r["accuracy"]) for r in rows if r["method"] == m)
@@ -172,7 +173,7 @@ def as_table(rows, keys):
 
 STYLE = (
     "<style>body{font:15px sans-serif;max-width:70em;margin:2em auto}img{max-width:100%}"
-    "td,th{padding:.15em .6em;text-align:right;border-bottom:1px solid #ddd}"
+    "td,th{padding:.15em .6em;text-align:right;white-space:nowrap;border-bottom:1px solid #ddd}"
     "table{border-collapse:collapse;font-size:13px}</style>"
 )
 

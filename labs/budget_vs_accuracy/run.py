@@ -181,7 +181,8 @@ def tables(a):
         rows += [dict(density=density) | r for r in table(runner) if r["method"] not in ABLATIONS and r["model"] not in QUERIES]
         if density == "dense":
             more = dict(ablations=[r for m in models if m not in QUERIES for r in ablations(runner, m)])
-            more |= dict(settings=settings(runner, a.out / "tuned.json"), learned=learned(runner, ONE[0], QUERIES))
+            queries = [m for m in QUERIES if m in models]
+            more |= dict(settings=settings(runner, a.out / "tuned.json"), learned=learned(runner, ONE[0], queries))
             write_json(a.out / "ablations.json", more)
         now = [o for o in runner.lines if o["density"] == density and o["model"] in models]  # of these weights, and of this exam
         lines += [o for o in now if runner.found(o["method"], o["budget"], o["model"]) is o]

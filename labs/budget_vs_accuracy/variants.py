@@ -11,7 +11,7 @@ from arr_course.arr import Weight, arr_1, arr_2, position
 from arr_course.harness import accuracy_of, difference, right_of
 from arr_course.peers import PEERS, conditional, cover_both, dpp, each, entropy_weight, sieve, three_wishes
 from arr_course.reducers import REDUCERS, dart, holov, scope, vispruner, zip_merge, zip_targets
-from arr_course.relevance import mean_similarity
+from arr_course.relevance import mean_similarity, surprisal
 from arr_course.select import Reducer
 
 TUNED_AT = (64, 32)
@@ -25,6 +25,7 @@ def reindexed(c, tokens):
 ABLATIONS = {  # each gives every question the same number of tokens; compare with arr-2:fixed
     "arr-2 no relevance": arr_2(q=0.0),
     "arr-2 no saliency": arr_2(cover=0.0),
+    "arr-2 surprisal for saliency": arr_2(salience=surprisal),
     "arr-2 saliency too": arr_2(p=1.0),
     "arr-2 information too": arr_2(s=1.0),
     "arr-2 mean relevance": arr_2(relevant=mean_similarity),
