@@ -16,7 +16,6 @@ import sys
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).resolve().parent
@@ -31,6 +30,7 @@ from tqdm.auto import tqdm  # noqa: E402
 
 from arr_course.arr import arr_1, arr_2, kind  # noqa: E402
 from arr_course.bench import by_length, clock, taken  # noqa: E402
+from arr_course.connectors import keep_all  # noqa: E402
 from arr_course.core import atomic_path, cache_dir, provenance, sha256, write_json  # noqa: E402
 from arr_course.harness import read_lines, write_line  # noqa: E402
 from arr_course.learner import Learner, TrainConfig  # noqa: E402
@@ -237,8 +237,7 @@ def controls(model, train: Stored, test: Stored) -> dict:
     for i in range(0, len(test), 25):
         some, rows = prompts[i:i + 25], x[i:i + 25].float()
         with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-            s = REDUCERS["full"](SimpleNamespace(features=Features(rows, grid), n=rows.shape[1]), rows.shape[1])
-            said["shuffled_image"] += [w for o in answers(model, s, some)[0] for w in o]
+            said["shuffled_image"] += [w for o in answers(model, keep_all(Features(rows, grid)), some)[0] for w in o]
             flat, owner = [p for o in some for p in o], [k for k, o in enumerate(some) for _ in o]
             ids = answer_ids(model, read_picture(model, None, len(some)), flat, owner, max_new=3)
             said["no_image"] += [model.vocab.decode(o) for o in ids]

@@ -9,7 +9,7 @@ from functools import partial
 
 from arr_course.arr import Weight, arr_1, arr_2, position
 from arr_course.harness import accuracy_of, difference, right_of
-from arr_course.peers import PEERS, conditional, cover_both, dpp, each, entropy_weight, sieve, three_wishes
+from arr_course.peers import PEERS, conditional, cover_both, dpp, each, entropy_weight, three_wishes, word_attention
 from arr_course.reducers import REDUCERS, dart, holov, scope, vispruner, zip_merge, zip_targets
 from arr_course.relevance import mean_similarity, surprisal
 from arr_course.select import Reducer
@@ -69,7 +69,7 @@ GRID = {  # method: label -> what is changed; every paper's own setting is tried
     "tops": {
         f"cover={a} novel={b}": dict(choose=each(partial(three_wishes, cover=a, novel=b))) for a in (0.1, 0.5) for b in (0.5, 1.0)
     },
-    "sieve": {"as published": dict(choose=each(sieve))},
+    "sieve": {f"tau={t}": dict(score=partial(word_attention, tau=t)) for t in (0.02, 0.1, 0.2)},
     "arr-2": {
         f"q={q} explore={e} diversify={d}": dict(arr=dict(q=q, explore=e, diversify=d))
         for q in (4.0, 8.0, 16.0)
@@ -147,11 +147,11 @@ def settings(runner, path, model="arr/vlm-mlp"):
 
 def learned(runner, model, queries):
     "A VLM whose connector makes so few tokens by itself, beside `model` with all patches and with as many chosen ones."
-    all_, chosen_ = runner.found("full", 576, model), lambda b: runner.found("arr-2:fixed", b, model)
-    out = []
+    full, out = runner.found("full", 576, model), []
     for name in queries:
         b, line = int(name.rpartition("-")[2]), runner.found("full", 576, name)
-        if line and all_ and chosen_(b):
-            gap = difference(right_of(line), right_of(chosen_(b)))
-            out.append(dict(model=name) | paired(line, all_, minus_arr_2=gap) | dict(budget=b))
+        picked = runner.found("arr-2:fixed", b, model)
+        if line and full and picked:
+            gap = difference(right_of(line), right_of(picked))
+            out.append(dict(model=name) | paired(line, full, minus_arr_2=gap) | dict(budget=b))
     return out

