@@ -141,12 +141,13 @@ class Blip2Stage1(Blip2Readers):
 @torch.no_grad()
 def start_queries(model: Blip2Readers, vocab: Vocabulary, encoder) -> Blip2Readers:
     "Words, values and projections start in the space that the encoder shares with words; returns the model."
-    d, seen, w = model.cfg.embed_dim, seen_words(), encoder.model.image_proj.weight
+    d, seen, table = model.cfg.embed_dim, seen_words(), model.qformer.word.weight
+    w = encoder.model.image_proj.weight.to(table)                                       # the encoder may be on another device
     if d < len(w): raise ValueError(f"embed_dim={d} is narrower than the encoder's joint space of {len(w)}")
-    nn.init.normal_(model.qformer.word.weight, std=d ** -.5)
+    nn.init.normal_(table, std=d ** -.5)
     known = [o for o in vocab.words if o in seen]
-    rows = torch.tensor([vocab.index[o] for o in known], device=w.device)
-    model.qformer.word.weight[rows] = F.pad(encoder.encode_text([seen[o] for o in known]).to(w), (0, d - len(w)))
+    rows = torch.tensor([vocab.index[o] for o in known], device=table.device)
+    table[rows] = F.pad(encoder.encode_text([seen[o] for o in known]).to(table), (0, d - len(w)))
     for layer in model.qformer.layers:
         for heads, values in ((layer.attn, torch.eye(d)), (layer.cross, F.pad(w, (0, 0, 0, d - len(w))))):
             if heads is None: continue

@@ -65,7 +65,7 @@ def models():
 def read_labels(labels: str | None, labels_file: Path | None) -> list[str]:
     "The labels typed with `--labels`, or one a line from a file (`#` starts a comment)."
     if (labels is None) == (labels_file is None): fail("say which labels, with --labels \"a dog, a cat\" or --labels-file FILE")
-    if labels_file: labels = ",".join(line.split("#")[0] for line in labels_file.read_text(encoding="utf-8").splitlines())
+    if labels_file: labels = [line.split("#")[0] for line in labels_file.read_text(encoding="utf-8").splitlines()]
     from arr_course.label_free import parse_labels
     return parse_labels(labels)
 

@@ -50,7 +50,7 @@ def bf16_speedup(
 
 def _seconds(f, d):
     "Wall time of `f()`, with the device's queue emptied before and after."
-    sync = torch.cuda.synchronize if d.type == "cuda" else (lambda: None)
+    sync = dict(cuda=torch.cuda.synchronize, mps=torch.mps.synchronize).get(d.type, lambda: None)
     f(); sync(); start = time.perf_counter(); f(); sync()
     return time.perf_counter() - start
 

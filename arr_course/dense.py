@@ -95,6 +95,7 @@ def segmentation_probe(
 ) -> dict:
     "Linear segmentation on frozen patches: `miou` with `low` and `high`, `per_class`, pixel `accuracy`, the choice, predictions."
     train, test, n = as_sets(train_feats), as_sets(test_feats), len(train_labels)
+    if n < 5: raise ValueError(f"{n} training images: a fifth of them is set aside to choose on, so give at least 5")
     train_labels, test_labels = torch.as_tensor(train_labels), torch.as_tensor(test_labels)
     fit, val = slice(0, n - n // 5), slice(n - n // 5, n)
     best = (-1.0,)
@@ -165,6 +166,7 @@ def depth_probe(
 ) -> dict:
     "Linear depth on frozen patches: `r2` with `low` and `high` (bootstrap over images), `rmse`, the choice, predictions."
     train, test, n = as_sets(train_feats), as_sets(test_feats), len(train_depth)
+    if n < 5: raise ValueError(f"{n} training images: a fifth of them is set aside to choose on, so give at least 5")
     train_depth, test_depth = (torch.as_tensor(o).float() for o in (train_depth, test_depth))
     fit, val = slice(0, n - n // 5), slice(n - n // 5, n)
     best = (-np.inf,)

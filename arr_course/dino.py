@@ -41,7 +41,7 @@ def backdrop_of(rng: random.Random) -> tuple[int, int, int, float]:
     return rng.randrange(N_BACKGROUNDS), rng.randint(0, 224), rng.randint(0, 224), rng.uniform(.25, 1.)
 
 def one_thing(rng: random.Random, name: str) -> Scene:
-    "A 112-pixel scene of one large thing, before up to two small ones that it does not hide much."
+    "A 112-pixel scene of one large thing, in front of up to two small ones that it does not hide much."
     main = thing(rng, name, LARGE)
     small = [thing(rng, rng.choice((rng.choice(TRAINED), "clutter")), SMALL) for _ in range(rng.randint(0, 2))]
     apart = lambda t: (t.x - main.x) ** 2 + (t.y - main.y) ** 2 > (.35 * (t.size + main.size)) ** 2

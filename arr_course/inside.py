@@ -60,7 +60,7 @@ def accounts(
 
 # %% ../nbs/13b_inside.ipynb #697b6643
 def match(metric: torch.Tensor, r: int) -> torch.Tensor:
-    "Which token each of n joins, itself if it stays: `(b, n, d)` to `(b, n)`; r of the even ones join an odd one (arXiv:2210.09461, section 3.2)."
+    "Which token each of n joins, itself if it stays: `(b, n, d)` to `(b, n)`; r of the even ones join an odd one (arXiv:2210.09461, section 3)."
     b, n, _ = metric.shape
     if not 0 <= r <= n // 2: raise ValueError(f"{r} merges of {n} tokens: at most {n // 2} at a time")
     owner = torch.arange(n, device=metric.device).repeat(b, 1)

@@ -185,13 +185,16 @@ def unit_rows(embeddings: np.ndarray) -> np.ndarray:
 
 # %% ../nbs/90a_neighbours.ipynb #8b534a6e
 def _ivf(x, k):
-    "Neighbours (n, k+1) from a tuned inverted file, itself included, and the recall on a sample."
+    "Neighbours (n, k+1) from a tuned inverted file, itself included, and the recall on a sample; exact where its cells hold too few."
     faiss, n = need("faiss", "app"), len(x)
     cells = max(1, int(min(4 * n**0.5, n / 39)))  # k-means wants 39 points a cell or more
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(x.shape[1]), x.shape[1], cells, faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = 0; index.train(x[np.random.default_rng(0).permutation(n)[: 64 * cells]]); index.add(x)
     got = tune_index(index, x, k)
-    return np.concatenate([index.search(x[i : i + 4096], k + 1)[1] for i in range(0, n, 4096)]), got
+    found = np.concatenate([index.search(x[i : i + 4096], k + 1)[1] for i in range(0, n, 4096)])
+    short = np.flatnonzero((found < 0).any(1))  # FAISS says -1 where the cells that it visited hold fewer than k + 1
+    if len(short): found[short] = top_k(x[short], x, k + 1)[0]
+    return found, got
 
 # %% ../nbs/90a_neighbours.ipynb #e637d501
 def find_neighbours(

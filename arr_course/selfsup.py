@@ -292,9 +292,9 @@ class DistillParts(nn.Module):
         return ibot_loss(self.student.patch_head(student[mask]), t, mask.nonzero()[:, 0], self.cfg.student_temp)
 
     def gram(self, x, patches, mask):
-        "Gram loss on the views of which nothing is hidden; 0 until there is an anchor."
-        if self.step < self.cfg.gram_from * self.cfg.steps: return patches.sum() * 0
+        "Gram loss on the views of which nothing is hidden; 0 until there is an anchor, and where there is no such view."
         whole = ~mask.any(1) if mask is not None else torch.ones(len(x), dtype=torch.bool)
+        if self.step < self.cfg.gram_from * self.cfg.steps or not whole.any(): return patches.sum() * 0
         with torch.no_grad(): anchor = self.anchor.forward_tokens(x[whole])[:, self.anchor.cfg.prefix:]
         return gram_loss(patches[whole], anchor)
 

@@ -223,7 +223,7 @@ def select_rows(features: torch.Tensor, index: torch.Tensor, grid: tuple[int, in
     (b, k), flat = index.shape, index.flatten()
     tokens = features.gather(1, index[..., None].expand(-1, -1, features.shape[-1])).flatten(0, 1)
     ones = torch.ones(b * k, device=flat.device)
-    return Selection(tokens, torch.full((b,), k, device=flat.device), flat, grid_pos(flat, grid), ones, grid)
+    return Selection(tokens, torch.full((b,), k, device="cpu"), flat, grid_pos(flat, grid), ones, grid)
 
 # %% ../nbs/09d_vqa.ipynb #cd3faad0
 class Objectness:

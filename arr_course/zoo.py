@@ -191,7 +191,7 @@ def _load_shipped(name, rest, device=None) -> Encoder:
 class ModelInfo:
     "One line of the zoo."
     name: str
-    kind: str         # `image`, `image-text`, `text` or `lm`
+    kind: str         # `image`, `image-text`, `text`, `lm` or `vlm`
     source: str       # `package`, `shipped` or `hub`
     available: bool   # Can it be loaded here and now?
     size: float | None  # Megabytes
