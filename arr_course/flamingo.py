@@ -158,6 +158,7 @@ def answer(
     **kwargs,                         # `max_new`, `width`: see `answer_ids`
 ) -> list[str]:
     "The model's answers, in words."
+    if not questions: return []
     rows = list(range(len(questions))) if rows is None else rows
     if len(rows) != len(questions) or s is not None and max(rows) >= len(s.lengths):
         raise ValueError(f"{len(questions)} questions about pictures {rows}: give each question its picture")

@@ -319,6 +319,7 @@ def pruned_answer(
     max_new: int = 24,               # Words of an answer, at most
 ) -> list[str]:
     "The model's answers in words, when it drops visual tokens on the way; without cuts those of `vlm.answer`."
+    if not questions: return []
     rows = list(range(len(questions))) if rows is None else rows
     if len(rows) != len(questions) or max(rows) >= len(s.lengths):
         raise ValueError(f"{len(questions)} questions about pictures {rows}, and {len(s.lengths)} pictures: give each question its picture")

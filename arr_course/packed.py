@@ -342,6 +342,7 @@ def calibrated_answer(
     **kwargs,                         # `max_new`, `width`: see `vlm.answer_ids`
 ) -> list[str]:
     "The model's answers, in words, with RESTORE's calibration in reading and in answering."
+    if not questions: return []
     rows = list(range(len(questions))) if rows is None else rows
     if len(rows) != len(questions) or max(rows) >= len(s.lengths):
         raise ValueError(f"{len(questions)} questions about pictures {rows}, and {len(s.lengths)} pictures: give each question its picture")

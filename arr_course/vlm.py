@@ -146,6 +146,7 @@ def answer(
     **kwargs,                         # `max_new`, `width`: see `answer_ids`
 ) -> list[str]:
     "The model's answers, in words."
+    if not questions: return []
     rows = list(range(len(questions))) if rows is None else rows
     b = max(rows) + 1 if s is None else len(s.lengths)
     if len(rows) != len(questions) or max(rows) >= b: raise ValueError(f"{len(questions)} questions about pictures {rows}, and {b} pictures: give each question its picture")

@@ -83,3 +83,22 @@ def test_ablations_are_paired_with_the_same_budget(lab):
     rows = lab.ablations(Answers({("arr-2:fixed", 64): 30}), "m")
     assert len(rows) == 2 * len(lab.ABLATIONS) and {r["budget"] for r in rows} == set(lab.TUNED_AT)
     for budget, gap in ((64, -.25), (32, 0)): assert {r["difference"]["value"] for r in rows if r["budget"] == budget} == {gap}
+
+
+class Seeds(Answers):
+    "Two models, of which the second is right five times more; ARR-2 is adaptive at 64 only."
+    rows = ("full", 576), ("arr-2", 64), ("arr-2:fixed", 64), ("sieve", 64), ("arr-2:fixed", 16), ("sieve", 16)
+    lines = [dict(method=m, budget=b) for m, b in rows]
+
+    def found(self, name, budget, model):
+        if (name, budget, model) == ("sieve", 16, "b"): return None
+        n = self.right[name] + 5 * (model == "b")
+        return dict(right=np.packbits(np.arange(40) < n).tobytes().hex(), n=40, budget=budget)
+
+
+def test_seeds_are_averaged_and_a_method_that_one_seed_lacks_is_left_out(lab):
+    rows = lab.seeds(Seeds({"full": 21, "arr-2": 25, "arr-2:fixed": 20, "sieve": 15}), ("a", "b"))
+    assert [(r["method"], r["budget"]) for r in rows] == [("full", 64), ("arr-2:fixed", 64), ("sieve", 64), ("full", 16)]
+    assert [round(40 * r["accuracy"], 6) for r in rows] == [23.5, 22.5, 17.5, 23.5]
+    assert [round(40 * r["arr_2_minus_it"]["value"], 6) for r in rows] == [4, 5, 10, -1]
+    assert all(r["arr_2_minus_it"]["low"] <= r["arr_2_minus_it"]["value"] <= r["arr_2_minus_it"]["high"] for r in rows)

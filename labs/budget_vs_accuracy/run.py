@@ -26,7 +26,7 @@ from arr_course.zoo import load  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-from variants import ABLATIONS, EXTRA, GRID, TUNED_AT, ablations, candidates, chosen, learned, settings, tuned  # noqa: E402
+from variants import ABLATIONS, EXTRA, GRID, TUNED_AT, ablations, candidates, chosen, learned, seeds, settings, tuned  # noqa: E402
 
 ALL = (400, 256, 198, 128, 64, 32, 16)
 SOME = (198, 64, 32)
@@ -85,7 +85,7 @@ PHASES = (  # (density, models, methods, budgets)
     ("dense", QUERIES, ("full",), (576,)),
     ("dense", ONE, FIRST, ALL),
     ("sparse", ONE, CORE, SOME),
-    ("dense", OTHERS, CORE, SOME),
+    ("dense", OTHERS, (*CORE, "arr-2:fixed", "sieve", "vispruner", *EXTRA), (64, 32, 16)),
     ("dense", ONE, (*PEERS, "arr-1"), (128, 256, 16)),
     ("dense", ONE, INSIDE, (400, 256, 198)),
     ("dense", ONE, PEERS, (400,)),
@@ -183,6 +183,7 @@ def tables(a):
             more = dict(ablations=[r for m in models if m not in QUERIES for r in ablations(runner, m)])
             queries = [m for m in QUERIES if m in models]
             more |= dict(settings=settings(runner, a.out / "tuned.json"), learned=learned(runner, ONE[0], queries))
+            more |= dict(seeds=seeds(runner, (ONE[0], *OTHERS)) if set(OTHERS) <= set(models) else [])
             write_json(a.out / "ablations.json", more)
         now = [o for o in runner.lines if o["density"] == density and o["model"] in models]  # of these weights, and of this exam
         lines += [o for o in now if runner.found(o["method"], o["budget"], o["model"]) is o]

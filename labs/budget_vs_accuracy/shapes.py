@@ -28,7 +28,7 @@ from shapes import PUBLISHED, Shapes, prior, transfer  # noqa: E402
 from shapes_report import facts, report  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
-from arr_course.arr import arr_1, arr_2, kind  # noqa: E402
+from arr_course.arr import arr_1, arr_2, kind, outstanding  # noqa: E402
 from arr_course.bench import by_length, clock, taken  # noqa: E402
 from arr_course.connectors import keep_all  # noqa: E402
 from arr_course.core import atomic_path, cache_dir, provenance, sha256, write_json  # noqa: E402
@@ -46,7 +46,9 @@ from arr_course.vqa import collate_lessons, draw_budget, select_rows  # noqa: E4
 from arr_course.zoo import WeightsError, load, read_card  # noqa: E402
 
 METHODS = ("full", "random", "uniform", "pool", "fastervlm", "divprune", "scope", "cdpruner", "mmtok", "eadp", "vispruner",
-           "visionzip", "arr-1", "arr-2:fixed", "arr-2", "oracle", "arr-2+surprisal:fixed")   # the last: a diagnosis
+           "visionzip", "sieve", "holov", "arr-1", "arr-2:fixed", "arr-2", "oracle", "arr-2+saliency:fixed",
+           "arr-2+surprisal:fixed")
+QUICK = ("full", "random", "arr-1", "arr-2:fixed", "arr-2")
 BUDGETS = (72, 36, 18, 9)
 HELD_OUT = 108                                       # pictures at the end of the train split, for thresholds
 
@@ -155,7 +157,7 @@ def some_of(data: Stored, step=1) -> tuple[list[int], list[str]]:
 def methods_of(encoder, held: Stored, names, budgets) -> dict:
     "Methods by name; thresholds are set on held-out pictures with one of their questions each."
     base = REDUCERS | PEERS | {"arr-1": arr_1(), "arr-2": arr_2(), "oracle": Reducer("oracle", score=oracle_score)}
-    base["arr-2+surprisal"] = arr_2(salience=surprisal)
+    base |= {f"arr-2+{f.__name__}": arr_2(salience=f) for f in (saliency, surprisal)}
     shown, out = [context(encoder, held, *some_of(held))], {}
     for name in names:
         b, _, fixed = name.partition(":")
@@ -180,7 +182,16 @@ def shape_kept(encoder, test: Stored, methods, budgets, step=5) -> dict:
 def stands_out(encoder, held: Stored) -> dict:
     "How well each score that does not read the question finds the shape's patches: AUROC on the held-out pictures."
     c = context(encoder, held, *some_of(held), pixels=True)
-    return {f.__name__: evidence_auroc(f(c), c.evidence)["all"] for f in (saliency, pixel_entropy, novelty, surprisal)}
+    scores = (saliency, outstanding, pixel_entropy, novelty, surprisal)
+    return {f.__name__: evidence_auroc(f(c), c.evidence)["all"] for f in scores}
+
+
+def stands_out_by(encoder, model, held: Stored, methods, budgets) -> dict:
+    "Accuracy on all questions about the held-out pictures, by what ARR-2 takes to stand out."
+    names = [n for n in methods if n.startswith("arr-2") and n.endswith(":fixed")]
+    right = lambda o: np.unpackbits(np.frombuffer(bytes.fromhex(o["right"]), np.uint8))[:o["n"]]
+    of = lambda n, b: round(float(right(measure(encoder, model, held, n, methods[n], b)).mean()), 4)
+    return {n: {b: of(n, b) for b in budgets} for n in names}
 
 
 def groups(asked, uses_query) -> dict[tuple, list[int]]:
@@ -278,7 +289,7 @@ def arguments():
     p.add_argument("--out", type=Path, default=HERE / "results" / "easy_vqa.json")
     a = p.parse_args()
     a.methods, a.budgets, a.held = METHODS, BUDGETS, HELD_OUT
-    if a.quick: a.steps, a.batch, a.questions, a.held, a.budgets, a.methods = 2, 4, 100, 4, (36, 9), METHODS[:2] + METHODS[12:15]
+    if a.quick: a.steps, a.batch, a.questions, a.held, a.budgets, a.methods = 2, 4, 100, 4, (36, 9), QUICK
     return a
 
 
@@ -293,7 +304,7 @@ def main():
     found = provenance("easy-vqa", seed=a.seed, encoder=encoder.fingerprint, command="python labs/budget_vs_accuracy/shapes.py")
     kept = shape_kept(encoder, test, methods, a.budgets)
     report(lines, test.asked(), a, published=PUBLISHED, trained=trained, controls=controls(model, train, test), shape_kept=kept,
-           auroc=stands_out(encoder, held), provenance=found)
+           auroc=stands_out(encoder, held), held_out=stands_out_by(encoder, model, held, methods, a.budgets), provenance=found)
 
 
 if __name__ == "__main__": main()

@@ -1,4 +1,5 @@
 """The table and the picture of shapes.py: shares with intervals over pictures, paired differences, accuracy against tokens."""
+from itertools import cycle
 from types import SimpleNamespace
 
 import matplotlib
@@ -50,8 +51,8 @@ def headroom(lines) -> list[dict]:
 def picture(results, path=None):
     "Accuracy against tokens, a line for each method; peers are dashed."
     fig, ax = plt.subplots(figsize=(8, 4.6))
-    bold = ("arr-1", "arr-2", "arr-2+surprisal:fixed", "oracle", "random")
-    shades, marks = iter(plt.get_cmap("tab20b")(np.linspace(0, 1, 12))), iter("sv^<>dPXphH*")
+    bold = ("arr-1", "arr-2", "arr-2+saliency:fixed", "oracle", "random")
+    shades, marks = iter(plt.get_cmap("tab20b")(np.linspace(0, 1, 20))), cycle("sv^<>dPXphH*")
     names = {r["method"] for r in results["rows"]} - {"full", "arr-2:fixed"}                 # the latter lies on arr-2
     for m in sorted(names, key=lambda m: (m not in bold, m)):
         some = sorted((r["mean_tokens"], 100 * r["accuracy"]["value"]) for r in results["rows"] if r["method"] == m)

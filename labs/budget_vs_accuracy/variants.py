@@ -7,11 +7,14 @@ import json
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
+
 from arr_course.arr import Weight, arr_1, arr_2, position
 from arr_course.harness import accuracy_of, difference, right_of
+from arr_course.metrics import paired_bootstrap
 from arr_course.peers import PEERS, conditional, cover_both, dpp, each, entropy_weight, three_wishes, word_attention
 from arr_course.reducers import REDUCERS, dart, holov, scope, vispruner, zip_merge, zip_targets
-from arr_course.relevance import mean_similarity, surprisal
+from arr_course.relevance import mean_similarity, saliency, surprisal
 from arr_course.select import Reducer
 
 TUNED_AT = (64, 32)
@@ -24,10 +27,11 @@ def reindexed(c, tokens):
 
 ABLATIONS = {  # each gives every question the same number of tokens; compare with arr-2:fixed
     "arr-2 no relevance": arr_2(q=0.0),
-    "arr-2 no saliency": arr_2(cover=0.0),
-    "arr-2 surprisal for saliency": arr_2(salience=surprisal),
-    "arr-2 saliency too": arr_2(p=1.0),
-    "arr-2 information too": arr_2(s=1.0),
+    "arr-2 nothing stands out": arr_2(cover=0.0),
+    "arr-2 saliency alone": arr_2(salience=saliency),
+    "arr-2 surprisal alone": arr_2(salience=surprisal),
+    "arr-2 outstanding too": arr_2(p=1.0),
+    "arr-2 novelty too": arr_2(s=1.0),
     "arr-2 mean relevance": arr_2(relevant=mean_similarity),
     "arr-2 only exploits": arr_2(explore=0.0),
     "arr-2 only explores": arr_2(explore=1.0),
@@ -75,7 +79,8 @@ GRID = {  # method: label -> what is changed; every paper's own setting is tried
         for q in (4.0, 8.0, 16.0)
         for e in (0.15, 0.3)
         for d in (0.5, 0.75)
-    },
+    }
+    | {f"{f.__name__} alone": dict(arr=dict(salience=f)) for f in (saliency, surprisal)},
 }
 
 
@@ -155,3 +160,21 @@ def learned(runner, model, queries):
             gap = difference(right_of(line), right_of(picked))
             out.append(dict(model=name) | paired(line, full, minus_arr_2=gap) | dict(budget=b))
     return out
+
+
+def seeds(runner, models):
+    "ARR-2 beside each method that all these models answered with: right answers averaged over models, intervals over pairs."
+    out = []
+    for b in (*TUNED_AT, 16):
+        tried = dict.fromkeys((o["method"], o["budget"]) for o in runner.lines if o["budget"] == b or o["method"] == "full")
+        every = {k: [runner.found(*k, m) for m in models] for k in tried}
+        mean = {k: np.mean([right_of(o) for o in v], 0) for k, v in every.items() if None not in v}
+        us = next((k for k in (("arr-2", b), ("arr-2:fixed", b)) if k in mean), None)
+        for k in mean if us else ():
+            if k == us:
+                continue
+            ours, right = mean[us], mean[k]
+            gap = paired_bootstrap(ours, right, np.arange(len(right)) // 2)
+            facts = dict(method=k[0], budget=b, accuracy=float(right.mean()), arr_2=float(ours.mean()))
+            out.append(facts | dict(arr_2_minus_it={k: gap[k] for k in ("value", "low", "high")}))
+    return sorted(out, key=lambda r: (-r["budget"], -r["accuracy"]))
