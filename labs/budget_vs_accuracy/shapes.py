@@ -32,7 +32,7 @@ from arr_course.arr import arr_1, arr_2, kind, outstanding  # noqa: E402
 from arr_course.bench import by_length, clock, taken  # noqa: E402
 from arr_course.connectors import keep_all  # noqa: E402
 from arr_course.core import atomic_path, cache_dir, provenance, sha256, write_json  # noqa: E402
-from arr_course.harness import read_lines, write_line  # noqa: E402
+from arr_course.harness import read_lines, right_of, write_line  # noqa: E402
 from arr_course.learner import Learner, TrainConfig  # noqa: E402
 from arr_course.papers import Sight, oracle_score, with_thresholds  # noqa: E402
 from arr_course.peers import PEERS  # noqa: E402
@@ -186,14 +186,6 @@ def stands_out(encoder, held: Stored) -> dict:
     return {f.__name__: evidence_auroc(f(c), c.evidence)["all"] for f in scores}
 
 
-def stands_out_by(encoder, model, held: Stored, methods, budgets) -> dict:
-    "Accuracy on all questions about the held-out pictures, by what ARR-2 takes to stand out."
-    names = [n for n in methods if n.startswith("arr-2") and n.endswith(":fixed")]
-    right = lambda o: np.unpackbits(np.frombuffer(bytes.fromhex(o["right"]), np.uint8))[:o["n"]]
-    of = lambda n, b: round(float(right(measure(encoder, model, held, n, methods[n], b)).mean()), 4)
-    return {n: {b: of(n, b) for b in budgets} for n in names}
-
-
 def groups(asked, uses_query) -> dict[tuple, list[int]]:
     "Which questions share a selection: all of a picture, or those with the same words to look for."
     out = defaultdict(list)
@@ -261,16 +253,25 @@ def key_of(encoder, model, test, a) -> dict:
     return dict(encoder=encoder.fingerprint, weights=weights, size=a.size, n=len(test.asked()), held=a.held)
 
 
-def run(encoder, model, methods, test, a, key) -> list[dict]:
-    "Results of all methods at all budgets; those that are in the file are not computed again."
-    path = a.out.with_suffix(".jsonl")
+def run(encoder, model, methods, data: Stored, a, names) -> list[dict]:
+    "Results of methods at all budgets on a split; those that are in the file are not computed again."
+    path, key = a.out.with_suffix(".jsonl"), key_of(encoder, model, data, a)
     lines = [o for o in read_lines(path) if key.items() <= o.items()]
     have, n = {(o["method"], o["budget"]) for o in lines}, (a.size // 14) ** 2
-    todo = [o for o in [("full", n), *((m, b) for b in a.budgets for m in a.methods if m != "full")] if o not in have]
+    todo = [o for o in (("full", n), *((m, b) for b in a.budgets for m in names if m != "full")) if o not in have]
     for m, b in tqdm(todo, "methods and budgets"):
-        lines.append(key | measure(encoder, model, test, m, methods[m], b))
+        lines.append(key | measure(encoder, model, data, m, methods[m], b))
         write_line(path, lines[-1])
     return lines
+
+
+def stands_out_by(encoder, model, held: Stored, methods, a) -> dict:
+    "Accuracy on all questions about the held-out pictures, by what ARR-2 takes to stand out."
+    names = [n for n in methods if n.startswith("arr-2") and n.endswith(":fixed")]
+    out = {n: {} for n in names}
+    for o in run(encoder, model, methods, held, a, names):
+        if o["method"] in out: out[o["method"]][o["budget"]] = round(float(right_of(o).mean()), 4)
+    return out
 
 
 def arguments():
@@ -300,11 +301,11 @@ def main():
     train, held, test = splits(encoder, a)
     model, trained = teach(train, a)
     methods = methods_of(encoder, held, a.methods, a.budgets)
-    lines = run(encoder, model, methods, test, a, key_of(encoder, model, test, a))
+    lines = run(encoder, model, methods, test, a, a.methods)
     found = provenance("easy-vqa", seed=a.seed, encoder=encoder.fingerprint, command="python labs/budget_vs_accuracy/shapes.py")
     kept = shape_kept(encoder, test, methods, a.budgets)
     report(lines, test.asked(), a, published=PUBLISHED, trained=trained, controls=controls(model, train, test), shape_kept=kept,
-           auroc=stands_out(encoder, held), held_out=stands_out_by(encoder, model, held, methods, a.budgets), provenance=found)
+           auroc=stands_out(encoder, held), held_out=stands_out_by(encoder, model, held, methods, a), provenance=found)
 
 
 if __name__ == "__main__": main()
