@@ -108,8 +108,10 @@ def curves(rows, cost, label):
         if r["method"] == "full":
             ax.axhline(r["accuracy"], color="k", ls=":", label="all 576")
     ax.set(xscale="log", xlabel=label, ylabel="accuracy")
-    ax.xaxis.set_major_formatter("{x:.0f}")
-    ax.xaxis.set_minor_formatter("{x:.0f}")
+    low, high = ax.get_xlim()
+    ticks = [t for t in (16, 32, 64, 100, 150, 200, 300, 400, 600, 800, 1200) if low <= t <= high]
+    ax.set_xticks(ticks, ticks)
+    ax.minorticks_off()
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return picture(fig)
 
@@ -174,7 +176,7 @@ def as_table(rows, keys):
 STYLE = (
     "<style>body{font:15px sans-serif;max-width:70em;margin:2em auto}img{max-width:100%}"
     "td,th{padding:.15em .6em;text-align:right;white-space:nowrap;border-bottom:1px solid #ddd}"
-    "table{border-collapse:collapse;font-size:13px}</style>"
+    "table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}</style>"
 )
 
 
