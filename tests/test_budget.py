@@ -156,6 +156,7 @@ def test_easy_vqa_runs_and_goes_on(shapes, tmp_path, monkeypatch):
         f, parts = r["accuracy"], r["by_type"].values()
         assert f["low"] <= f["value"] <= f["high"] and f["questions"] == sum(p["questions"] for p in parts)
         assert abs(f["value"] - sum(p["value"] * p["questions"] for p in parts) / f["questions"]) < 1e-3
+    assert list(found["held_out"]) == ["arr-2:fixed"] and set(found["held_out"]["arr-2:fixed"]) == {"9", "36"}
     assert set(found["controls"]) == {"question_only", "no_image", "shuffled_image"} and len(found["trained"]["curve"]) == 1
     assert out.with_suffix(".png").stat().st_size < 60_000 and {"commit", "versions", "encoder"} <= set(found["provenance"])
     for name in ("encode", "measure"):

@@ -88,8 +88,9 @@ PHASES = (  # (density, models, methods, budgets)
     ("dense", OTHERS, (*CORE, "arr-2:fixed", "sieve", "vispruner", *EXTRA), (64, 32, 16)),
     ("dense", ONE, (*PEERS, "arr-1"), (128, 256, 16)),
     ("dense", ONE, INSIDE, (400, 256, 198)),
-    ("dense", ONE, PEERS, (400,)),
+    ("dense", ONE, (*PEERS, "arr-1"), (400,)),
     ("sparse", ONE, (*FIRST, *PEERS), SOME),
+    ("sparse", ONE[:1], ("random", "arr-2:fixed", "oracle", "cdpruner", "mmtok", "sieve"), (16,)),
 )
 
 

@@ -170,11 +170,10 @@ def seeds(runner, models):
         every = {k: [runner.found(*k, m) for m in models] for k in tried}
         mean = {k: np.mean([right_of(o) for o in v], 0) for k, v in every.items() if None not in v}
         us = next((k for k in (("arr-2", b), ("arr-2:fixed", b)) if k in mean), None)
-        for k in mean if us else ():
-            if k == us:
+        for k, right in mean.items():
+            if us in (None, k):
                 continue
-            ours, right = mean[us], mean[k]
-            gap = paired_bootstrap(ours, right, np.arange(len(right)) // 2)
-            facts = dict(method=k[0], budget=b, accuracy=float(right.mean()), arr_2=float(ours.mean()))
-            out.append(facts | dict(arr_2_minus_it={k: gap[k] for k in ("value", "low", "high")}))
+            gap = paired_bootstrap(mean[us], right, np.arange(len(right)) // 2)
+            facts = dict(method=k[0], budget=b, accuracy=float(right.mean()), arr_2=float(mean[us].mean()))
+            out.append(facts | dict(arr_2_minus_it={name: gap[name] for name in ("value", "low", "high")}))
     return sorted(out, key=lambda r: (-r["budget"], -r["accuracy"]))
