@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from .connectors import Selection
+from .core import device
 from .decoder import Decoder, DecoderConfig, causal_mask
 from .generate import prefill
 
@@ -72,7 +73,7 @@ def kv_bytes(cfg: DecoderConfig, tokens: float, width: int = 2) -> int:
 # %% ../nbs/14_bench.ipynb #690996ef
 def clock() -> Callable[[], float]:
     "Seconds of work: of this thread where one computes, which other programs do not disturb; else by the wall, with the device's queue emptied."
-    if torch.cuda.is_available(): return lambda: (torch.cuda.synchronize(), time.perf_counter())[1]
+    if (kind := device().type) != "cpu": return lambda: (getattr(torch, kind).synchronize(), time.perf_counter())[1]
     return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 def medians(
@@ -108,6 +109,7 @@ def amdahl(seconds: dict[str, float], faster: dict[str, float], more: float = 0.
 def waste(lengths, batches: list[list[int]]) -> float:
     "The share of a padded computation that is padding: 0 where every batch holds equal lengths."
     lengths = np.asarray(lengths)
+    if not batches: return 0.
     padded = sum(len(b) * lengths[b].max() for b in batches)
     return float(1 - sum(lengths[b].sum() for b in batches) / padded)
 
@@ -121,7 +123,7 @@ def by_length(
     for i in np.argsort(lengths, kind="stable").tolist():
         if out[-1] and ((len(out[-1]) + 1) * lengths[i] > tokens or len(out[-1]) == most): out.append([])
         out[-1].append(i)
-    return out
+    return [b for b in out if b]
 
 # %% ../nbs/14_bench.ipynb #1c50ca0d
 def taken(s: Selection, rows: list[int]) -> Selection:
@@ -132,8 +134,8 @@ def taken(s: Selection, rows: list[int]) -> Selection:
 
 # %% ../nbs/14_bench.ipynb #9e3053b8
 def block_mask(lengths: torch.Tensor, causal: bool = False) -> torch.Tensor:
-    "Who may look at whom where pictures lie one behind the other: `(t, t)` bool."
-    image = torch.arange(len(lengths)).repeat_interleave(lengths)
+    "Who may look at whom where pictures lie one behind the other: `(t, t)` bool, on the device of `lengths`."
+    image = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
     mask = image[:, None] == image
     return mask.tril() if causal else mask
 

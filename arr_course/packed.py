@@ -248,7 +248,9 @@ def graphed(
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph): out = f(*held)
     def run(*inputs):
-        for old, new in zip(held, inputs, strict=True): old.copy_(new)
+        for old, new in zip(held, inputs, strict=True):
+            if old.shape != new.shape: raise ValueError(f"{tuple(new.shape)} given, and the graph was recorded for {tuple(old.shape)}")
+            old.copy_(new)
         graph.replay()
         return tuple(o.clone() for o in out)
     return run
@@ -291,7 +293,7 @@ def calibration(
     ids_k: torch.Tensor,    # (b, k): of the keys
     head_dim: int,
     theta: float = 10000.,
-    c: float = 2.,          # More than the largest D: a key with c = D is never looked at
+    c: float = 2.,          # 1 or more; where D = c a key is never looked at
 ) -> torch.Tensor:
     "What RESTORE adds to the logits, `(b, q, k)`: log[size (c - D(distance))] (arXiv:2606.01711)."
     if c < 1: raise ValueError(f"c={c}: D is 1 at distance 0, so that c must be 1 or more")

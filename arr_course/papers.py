@@ -58,11 +58,10 @@ class Paper:
     def items(self) -> list[Item]: return list(self.exam.items())
     def part(self, k: int) -> list[Item]: return self.items[k * BATCH:(k + 1) * BATCH]
     def path(self, k: int) -> Path: return self.folder / f"{k:05d}-{min(BATCH, self.exam.n - k * BATCH)}.safetensors"
-    def missing(self) -> list[int]: return [k for k in range(len(self)) if not self.path(k).with_suffix(".json").is_file()]
+    def missing(self) -> list[int]: return [k for k in range(len(self)) if not all(self.path(k).with_suffix(s).is_file() for s in (".json", ".safetensors"))]
     def fill(self, rank: int = 0, world: int = 1, progress: bool = False) -> "Paper":
         "Encode what is missing; process `rank` of `world` takes its share."
-        mine = [k for k in self.missing() if k % world == rank]
-        for k in tqdm(mine, f"{self.exam.density} pictures", disable=not progress, leave=False): write_part(self, k)
+        for k in tqdm([k for k in self.missing() if k % world == rank], f"{self.exam.density} pictures", disable=not progress, leave=False): write_part(self, k)
         return self
 
     @cached_property
@@ -73,6 +72,7 @@ class Paper:
 
     def verify(self) -> "Paper":
         "Check every file against its hash, once."
+        if missing := self.missing(): raise WeightsError(f"{len(missing)} of {len(self)} parts are not there: call fill() first")
         for k in range(len(self)):
             if sha256(self.path(k)) != json.loads(self.path(k).with_suffix(".json").read_text(encoding="utf-8"))["sha256"]:
                 raise WeightsError(f"{self.path(k).name} is damaged: delete {self.path(k).with_suffix('.json').name} and fill again")
@@ -147,7 +147,7 @@ HELD_OUT = 108                                       # Questions of the split `v
 # %% ../nbs/14a_papers.ipynb #48fde644
 def held_out(encoder, density: str = "dense", folder=None, bf16: bool = True) -> list[Sight]:
     "Pictures with questions of the split `val`, for thresholds."
-    paper = Paper(encoder, Exam(density, HELD_OUT, 0, "val"), folder, bf16).fill()
+    paper = Paper(encoder, Exam(density, HELD_OUT, 0, "val"), folder, bf16).fill().verify()
     return [read_part(paper, k) for k in range(len(paper))]
 
 def with_thresholds(m: Callable, contexts: list[Sight], budgets) -> Callable:

@@ -99,6 +99,7 @@ class Seeds(Answers):
 def test_seeds_are_averaged_and_a_method_that_one_seed_lacks_is_left_out(lab):
     rows = lab.seeds(Seeds({"full": 21, "arr-2": 25, "arr-2:fixed": 20, "sieve": 15}), ("a", "b"))
     assert [(r["method"], r["budget"]) for r in rows] == [("full", 64), ("arr-2:fixed", 64), ("sieve", 64), ("full", 16)]
+    assert [r["asked"] for r in rows] == [576, 64, 64, 576]
     assert [round(40 * r["accuracy"], 6) for r in rows] == [23.5, 22.5, 17.5, 23.5]
     assert [round(40 * r["arr_2_minus_it"]["value"], 6) for r in rows] == [4, 5, 10, -1]
     assert all(r["arr_2_minus_it"]["low"] <= r["arr_2_minus_it"]["value"] <= r["arr_2_minus_it"]["high"] for r in rows)

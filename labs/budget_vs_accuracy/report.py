@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 from arr_course.bench import counted, first_token, medians, smollm2, stages  # noqa: E402
-from arr_course.core import write_json  # noqa: E402
+from arr_course.core import atomic_path, write_json  # noqa: E402
 from arr_course.decoder import Decoder  # noqa: E402
 from arr_course.harness import tokens_of  # noqa: E402
 from arr_course.papers import methods_of, read_part  # noqa: E402
@@ -37,7 +37,8 @@ def timing(rounds=5):
             encoder.encode(picture)
 
     seconds = medians({"encode": see} | {v: first_token(decoder, v) for v in POINTS}, rounds)
-    work = {v: sum(stages(smollm2(), v, encoder=counted(lambda: encoder.encode(picture))).values()) for v in POINTS}
+    macs = counted(lambda: encoder.encode(picture))
+    work = {v: sum(stages(smollm2(), v, encoder=macs).values()) for v in POINTS}
     return dict(
         encode=seconds["encode"],
         prefill={v: seconds[v] for v in POINTS},
@@ -242,7 +243,7 @@ def report(out, rows, room, lines, papers, more, quick=False):
     page += [
         "<h2>Three seeds of the VLM together</h2>",
         "<p>Right answers averaged over the seeds, and ARR-2 minus it; at 16 tokens ARR-2 gives each question the same.</p>",
-        as_table(more["seeds"], ["budget", "method", "accuracy", "arr_2", "arr_2_minus_it"]),
+        as_table(more["seeds"], ["budget", "method", "asked", "accuracy", "arr_2", "arr_2_minus_it"]),
         "<h2>ARR-2 with one part changed</h2>",
         "<p>Difference to ARR-2 with as many tokens for each question (arr-2:fixed), on the same questions.</p>",
         as_table(more["ablations"], ["method", "model", *base]),
@@ -257,7 +258,7 @@ def report(out, rows, room, lines, papers, more, quick=False):
         "<h2>Gain curves</h2>",
         gain_curve(papers["dense"]),
     ]
-    (out / "report.html").write_text(
-        "<!doctype html><meta charset='utf-8'><title>Budget against accuracy</title>" + "\n".join(page), encoding="utf-8"
-    )
+    title = "<!doctype html><meta charset='utf-8'><title>Budget against accuracy</title>"
+    with atomic_path(out / "report.html") as tmp:
+        tmp.write_text(title + "\n".join(page), encoding="utf-8")
     print(*table, f"report: {out.name}/report.html", sep="\n")

@@ -142,7 +142,7 @@ def work(a):
 
 
 def together(a, only):
-    "The same command in several processes; stops at the first error."
+    "The same command in several processes; an error when all have ended, if one of them failed."
     args = [
         sys.executable,
         __file__,
@@ -212,6 +212,8 @@ def main():
     p.add_argument("--world", type=int, help=argparse.SUPPRESS)
     a = p.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if a.quick and a.out == HERE / "results":
+        p.error("--quick needs --out FOLDER, so that the stored results stay as they are")
     a.phases = PHASES
     if a.quick:
         a.n, a.processes, a.phases = (

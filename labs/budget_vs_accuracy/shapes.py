@@ -289,6 +289,8 @@ def arguments():
     p.add_argument("--quick", action="store_true")
     p.add_argument("--out", type=Path, default=HERE / "results" / "easy_vqa.json")
     a = p.parse_args()
+    if a.quick and a.out == HERE / "results" / "easy_vqa.json":
+        p.error("--quick needs --out FILE, so that the stored results stay as they are")
     a.methods, a.budgets, a.held = METHODS, BUDGETS, HELD_OUT
     if a.quick: a.steps, a.batch, a.questions, a.held, a.budgets, a.methods = 2, 4, 100, 4, (36, 9), QUICK
     return a

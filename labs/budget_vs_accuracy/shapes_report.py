@@ -8,7 +8,7 @@ import numpy as np
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-from arr_course.core import write_json  # noqa: E402
+from arr_course.core import atomic_path, write_json  # noqa: E402
 from arr_course.harness import best_peer, headroom_of, right_of, tokens_of  # noqa: E402
 from arr_course.metrics import paired_bootstrap  # noqa: E402
 from arr_course.relevance import cue_words  # noqa: E402
@@ -67,7 +67,8 @@ def picture(results, path=None):
     ax.set_xticks(ticks, ticks, minor=False)
     ax.minorticks_off()
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, .5))
-    if path: fig.savefig(path, dpi=72, bbox_inches="tight")
+    if path:
+        with atomic_path(path) as tmp: fig.savefig(tmp, dpi=72, bbox_inches="tight", format="png")
     plt.close(fig)
     return fig
 

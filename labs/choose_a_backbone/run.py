@@ -277,7 +277,7 @@ def score(predictions, models, boot):
 def stored(path, name, fingerprint):
     "What an earlier run found for these very weights, and its draws; `None` if there is nothing, or the tasks have changed."
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    entry, file = found.get("models", {}).get(name), drawn(name)
+    entry, file = found.get("models", {}).get(name), drawn(name, fingerprint)
     if (
         not entry
         or (entry["fingerprint"], entry["version"], entry["sizes"]) != (fingerprint, VERSION, sizes())
@@ -289,9 +289,10 @@ def stored(path, name, fingerprint):
     return (entry, boot) if set(boot) == set(entry["tasks"]) else None
 
 
-def drawn(name):
-    "Where a model's bootstrap draws are kept between runs: for paired differences."
-    return cache_dir("choose_a_backbone") / f"{name.replace('/', '_')}.npz"
+def drawn(name, fingerprint):
+    "Where the bootstrap draws of these weights, at these sample sizes, are kept between runs: for paired differences."
+    parts = [name.replace("/", "_"), fingerprint, str(VERSION), *("x".join(map(str, n)) for n in SIZE.values())]
+    return cache_dir("choose_a_backbone") / f"{'-'.join(parts)}.npz"
 
 
 def sizes():
@@ -310,14 +311,16 @@ def run(o):
         if old:
             print(f"{name}: stored already, {len(old[0]['tasks'])} tasks")
         models[name], boot[name] = old or measure(name, bf16)
-        with atomic_path(drawn(name)) as tmp, open(tmp, "wb") as f:
+        with atomic_path(drawn(name, models[name]["fingerprint"])) as tmp, open(tmp, "wb") as f:
             np.savez(f, **boot[name])
         result = {**result, "models": {**result.get("models", {}), **models}}
         write_json(path, result)
     if o.adapt and (o.again or result.get("adapt", {}).get("fingerprint") != load(o.adapt).fingerprint):
         result["adapt"] = adapt(o.adapt, bf16, max(4, 80 // o.small))
     result["models"] = {m: result["models"][m] for m in MODELS if m in result["models"]}
-    result["scores"] = score(written["predictions"], models, boot) if set(MODELS) <= set(models) else []
+    if set(MODELS) <= set(models):
+        result["scores"] = score(written["predictions"], models, boot)
+    result.setdefault("scores", [])
     result["provenance"] = provenance(
         "timm",
         "scikit-learn",
