@@ -90,7 +90,8 @@ PHASES = (  # (density, models, methods, budgets)
     ("dense", ONE, INSIDE, (400, 256, 198)),
     ("dense", ONE, (*PEERS, "arr-1"), (400,)),
     ("sparse", ONE, (*FIRST, *PEERS), SOME),
-    ("sparse", ONE[:1], ("random", "arr-2:fixed", "oracle", "cdpruner", "mmtok", "sieve"), (16,)),
+    ("sparse", ONE[:1], ("random", "arr-2:fixed", "oracle", *PEERS, "arr-1"), (16,)),
+    ("dense", (*ONE, *OTHERS), (*PEERS, "arr-1", *EXTRA), (64, 32, 16)),
 )
 
 
