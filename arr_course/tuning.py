@@ -166,7 +166,7 @@ def run_stage(
 
 # %% ../nbs/09e_tuning.ipynb #0cea1a01
 DECODER = dict(embed_dim=256, depth=4, num_heads=4, num_kv_heads=2, mlp_dim=512)
-SHIPPED = {"vlm-mlp": ("mlp", dict(hidden=384, skip=True))}
+SHIPPED = {name: ("mlp", dict(hidden=384, skip=True)) for name in ("vlm-mlp", "vlm-mlp-practice")}
 for n in (32, 64):
     SHIPPED[f"vlm-qformer-{n}"] = "qformer", dict(num_queries=n, embed_dim=192, depth=2, num_heads=3)
     SHIPPED[f"vlm-resampler-{n}"] = "resampler", dict(num_queries=n, embed_dim=192, depth=2, num_heads=3)
@@ -189,6 +189,7 @@ def train_vlm(
     rank: int = 0,              # Which of `world` processes this is
     world: int = 1,
     begin=start,                # `begin(model, encoder)` sets the first weights
+    run=run_stage,              # Trains a stage
     progress: bool = True,      # A bar while features are computed
 ) -> VLM:
     "Train a VLM on stored scenes, stage by stage."
@@ -198,7 +199,7 @@ def train_vlm(
     model, objectness = begin(VLM(cfg), encoder), Objectness(encoder)
     for name, stage in stages.items():
         stage = replace(stage, cfg=replace(stage.cfg, seed=seed))
-        model = run_stage(model, stage, stored, objectness, Path(out) / name)
+        model = run(model, stage, stored, objectness, Path(out) / name)
     return model
 
 # %% ../nbs/09e_tuning.ipynb #caff2c55

@@ -26,10 +26,11 @@ from arr_course.core import sha256  # noqa: E402
 from arr_course.images import Preprocess  # noqa: E402
 from arr_course.joint import Joint, JointConfig, JointEncoder  # noqa: E402
 from arr_course.learner import Learner, TrainConfig  # noqa: E402
+from arr_course.practice import RECIPE, PracticeStage, run_practice  # noqa: E402
 from arr_course.questions import answer as truth  # noqa: E402
 from arr_course.reader import prior_of_types  # noqa: E402
 from arr_course.runs import newest, read_log  # noqa: E402
-from arr_course.tuning import BLOCKS, Stage, grounding_loss, lesson_loss, looks, train_vlm  # noqa: E402
+from arr_course.tuning import BLOCKS, Stage, grounding_loss, lesson_loss, looks, run_stage, train_vlm  # noqa: E402
 from arr_course.vit import Features, ViTConfig  # noqa: E402
 from arr_course.vlm import VLM, Assistant, VLMConfig, answer, load_vlm  # noqa: E402
 from arr_course.vqa import (  # noqa: E402
@@ -506,17 +507,21 @@ def test_budgets_are_spread_evenly_on_a_logarithmic_scale():
 HOW = dict(steps=2, batch_size=2, lr=1e-3, log_every=1, precision="no")
 STAGES = {"one": Stage(TrainConfig(**HOW, save_every=1), low=40, high=80),
           "two": Stage(TrainConfig(**HOW, save_every=1, ema=.5), low=16, high=400, full=.25, random=.25)}
+HARDER = STAGES | {"two": PracticeStage(TrainConfig(**HOW, save_every=1, ema=.5), low=16, high=400, hide=1.)}
 
 
 class Stop(Exception):
     "Someone pulled the plug."
 
 
-@pytest.mark.parametrize("after", [1, 2, 3])
-def test_stopped_and_continued_equals_uninterrupted(encoder, tmp_path, monkeypatch, after):
+PLUGS = [(after, STAGES, run_stage) for after in (1, 2, 3)] + [(3, HARDER, run_practice)]
+
+
+@pytest.mark.parametrize("after, stages, how", PLUGS)
+def test_stopped_and_continued_equals_uninterrupted(encoder, tmp_path, monkeypatch, after, stages, how):
     "Stopped within the first stage, between the two, within the second: the same weights and the same log, to the bit."
     few = dict(seed=3, scenes=4, densities=("sparse",), features=tmp_path / "features")
-    go = lambda out: train_vlm(out, encoder, VLMConfig(**SMALL), STAGES, **few)
+    go = lambda out: train_vlm(out, encoder, VLMConfig(**SMALL), stages, **few, run=how)
     whole, steps, real = go(tmp_path / "whole"), [], Learner.one_step
     def pulled(self, batches):
         if len(steps) == after: raise Stop
@@ -608,6 +613,16 @@ def test_train_writes_a_card_and_evaluate_repeats_it(quick_run):
     found = json.loads(again.stdout)
     assert found["fingerprint"] == card["evaluation"]["fingerprint"]
     for k, m in found["metrics"].items(): assert m == pytest.approx(card["metrics"][f"sparse/{k}"], abs=2e-3), k
+
+
+def test_the_longer_recipe_is_trained_by_the_same_command(quick_run, tmp_path):
+    r = run("train", "vlm-mlp-practice", "--quick", "--out", tmp_path, **quick_run[1])
+    assert r.exit_code == 0, (r.output, r.exception)
+    card = json.loads((tmp_path / "vlm-mlp-practice.json").read_text(encoding="utf-8"))
+    assert (card["steps"], card["name"]) == (2 * len(RECIPE), "arr/vlm-mlp-practice")
+    logs = {k: read_log(tmp_path / k / "log.jsonl")[-1] for k in RECIPE}
+    assert ["says_one" in o for o in logs.values()] == [False, True, True]
+    assert [isinstance(s, PracticeStage) for s in RECIPE.values()] == [False, True, True]
 
 
 def test_query_vlms_begin_with_the_mlps_decoder(quick_run, monkeypatch):
