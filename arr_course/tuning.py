@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BLOCKS', 'DECODER', 'SHIPPED', 'STAGES', 'QUERIES', 'start_words', 'start_connector', 'start_alike', 'start_places',
            'start', 'answer_loss', 'named_words', 'attention_on', 'grounding_loss', 'Stage', 'lesson_loss', 'looks',
-           'set_trainable', 'run_stage', 'train_vlm', 'coarse', 'look_alike', 'start_queries', 'start_output']
+           'set_trainable', 'fit_stage', 'run_stage', 'train_vlm', 'coarse', 'look_alike', 'start_queries',
+           'start_output']
 
 # %% ../nbs/09e_tuning.ipynb #1c5a7505
 import math
@@ -148,6 +149,13 @@ def set_trainable(model: VLM, what: str) -> None:
     for name, p in model.named_parameters(): p.requires_grad_(what == "all" or name.startswith("decoder.") == (what == "decoder"))
 
 # %% ../nbs/09e_tuning.ipynb #4b183209
+def fit_stage(model: VLM, stage: Stage, lessons, loss, collate, out=None, after_step=None) -> VLM:
+    "Train what a stage trains with `loss(model, batch)`; returns the model, or its running average if the stage keeps one."
+    set_trainable(model, stage.train)
+    learner = Learner(model, loss, lessons, stage.cfg, out, after_step, collate, find_unused=stage.train == "all")
+    learner.fit()
+    return learner.ema.model(learner.model) if learner.ema else learner.model
+
 def run_stage(
     model: VLM,
     stage: Stage,
@@ -156,13 +164,10 @@ def run_stage(
     out=None,           # Folder of log and checkpoints
     after_step=None,
 ) -> VLM:
-    "Train one stage; returns the model, or its running average if the stage keeps one."
-    set_trainable(model, stage.train)
+    "`fit_stage` on stored scenes."
     lessons = Lessons(stored, model.vocab, captions=stage.captions, seed=stage.cfg.seed, more=stage.more)
     loss = lambda m, b: lesson_loss(m, b, stage, objectness, model.cfg.grid)
-    learner = Learner(model, loss, lessons, stage.cfg, out, after_step, collate_lessons, find_unused=stage.train == "all")
-    learner.fit()
-    return learner.ema.model(learner.model) if learner.ema else learner.model
+    return fit_stage(model, stage, lessons, loss, collate_lessons, out, after_step)
 
 # %% ../nbs/09e_tuning.ipynb #0cea1a01
 DECODER = dict(embed_dim=256, depth=4, num_heads=4, num_kv_heads=2, mlp_dim=512)
