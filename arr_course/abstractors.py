@@ -63,7 +63,8 @@ def check_width(s: Selection, connector) -> None:
 
 def square(n: int) -> tuple[int, int]:
     "The sides of a square of `n` cells."
-    side = math.isqrt(n)
+    side = math.isqrt(max(n, 0))
+    if n < 1: raise ValueError(f"{n} tokens are no square")
     if side ** 2 != n: raise ValueError(f"{n} tokens do not make a square: take {side ** 2} or {(side + 1) ** 2}")
     return side, side
 
@@ -83,7 +84,7 @@ class CAbstractor(nn.Module):
         x, mask = pool_cells(x, mask, self.cells)
         for block in self.after: x = block(x, mask)
         x, mask = (o.flatten(2).transpose(1, 2) for o in (x, mask))                       # (b, m, d), (b, m, 1)
-        return Visual(self.mlp(x) * mask, mask[..., 0] > 0, cell_pos(self.cells, s.grid).to(x.device).expand(len(x), -1, -1))
+        return Visual(self.mlp(x) * mask, mask[..., 0] > 0, s.centre(cell_pos(self.cells, s.grid).to(x.device)).expand(len(x), -1, -1))
 
 # %% ../nbs/08b_abstractors.ipynb #90ba8860
 class DeformableAttention(nn.Module):
@@ -151,7 +152,7 @@ class DAbstractor(nn.Module):
         b, ref, place = len(picture), self.reference(s.grid), pool_cells(picture, mask, self.cells)[0].flatten(2).transpose(1, 2)
         x = self.queries.expand(b, -1, -1)
         for layer in self.layers: x = layer(x, place, ref.expand(b, -1, -1), picture, mask)
-        pos = torch.stack([p.clamp(0, g - 1) for p, g in zip(ref.detach().unbind(-1), s.grid)], -1).expand(b, -1, -1)
+        pos = s.centre(torch.stack([p.clamp(0, g - 1) for p, g in zip(ref.detach().unbind(-1), s.grid)], -1)).expand(b, -1, -1)
         here = (s.lengths > 0).to(x.device)[:, None].expand(b, x.shape[1])                # queries move, so all or none
         return Visual(self.fc(x) * here[..., None], here, pos)
 

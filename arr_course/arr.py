@@ -163,7 +163,7 @@ class ARR2(Reducer):
 
     def threshold(self, tokens: float) -> float | None:
         "The threshold for this mean; None for a fixed budget."
-        if tokens <= floor(tokens): return None                              # nothing to adapt
+        if tokens <= floor(tokens) or tokens > self.high: return None        # nothing to adapt
         if not isinstance(self.tau, dict): return self.tau
         if tokens not in self.tau: raise ValueError(f"no threshold for a mean of {tokens} tokens, only for {sorted(self.tau)}: see `calibrated`")
         return self.tau[tokens]
@@ -174,7 +174,7 @@ class ARR2(Reducer):
 
     def __call__(self, c: Context, tokens: float) -> Selection:
         if tokens >= c.n: return keep_all(c.features)
-        tau, low, high = self.threshold(tokens), floor(tokens), min(self.high, c.n)
+        self.check(c, tokens); tau, low, high = self.threshold(tokens), floor(tokens), min(self.high, c.n)
         if self.budget is not None or tau is None:
             k = (self.budget or fixed)(c, None, tokens).clamp(1, c.n)
             return self.kept(c, self.gains(c, int(k.max()))[0], k)

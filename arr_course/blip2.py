@@ -194,7 +194,7 @@ def rerank(
 ) -> torch.Tensor:
     "Scores `(b, c)` in which the first k captions of each picture stand in the order of matching, the others behind them as before."
     tokens, seen = model.image(s)
-    best = scores.topk(k, 1).indices                                                    # (b, k)
+    best = scores.topk(min(k, scores.shape[1]), 1).indices                                                    # (b, k)
     votes = torch.stack([model.matching((tokens, seen), text[j], mask[j]) for j in best.T], 1)   # (b, k, 2)
     odds = votes[..., 1] - votes[..., 0]
     return scores.scatter(1, best, odds - odds.amin() + scores.amax() + 1)

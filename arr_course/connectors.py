@@ -29,6 +29,7 @@ class Selection:
     size: torch.Tensor                            # (t,) how many patches each token stands for
     grid: tuple[int, int]                         # rows and columns that `index` counts
     stats: dict = field(default_factory=dict)     # whatever a selector wants to report
+    cell: tuple[float, float] = (1., 1.)          # rows and columns of patches in a cell of `grid`: more than one behind windows
 
     def __post_init__(self): check_selection(self)
 
@@ -36,6 +37,11 @@ class Selection:
     def image(self) -> torch.Tensor:
         "Which image each token belongs to, `(t,)`."
         return torch.arange(len(self.lengths), device="cpu").repeat_interleave(self.lengths).to(self.tokens.device)
+
+    def centre(self, p: torch.Tensor) -> torch.Tensor:
+        "Row and column counted in cells of `grid`, `(..., 2)`, as row and column in patches."
+        c = torch.tensor(self.cell, device=p.device)
+        return p * c + (c - 1) / 2
 
     def to_padded(self) -> tuple[torch.Tensor, torch.Tensor]:
         "The tokens as `(b, k, d)`, shorter images filled up with zeros, and the mask `(b, k)` of those that are real."
@@ -77,8 +83,10 @@ def keep(
     "The named patches of each image. Any order in, raster order out."
     (b, n), device = f.patches.shape[:2], f.patches.device
     if len(index) != b: raise ValueError(f"index is for {len(index)} images, but there are {b}")
-    if torch.is_tensor(index) and index.dtype == torch.bool: index = [row.nonzero()[:, 0] for row in index]
-    index = [torch.as_tensor(i, dtype=torch.long, device=device) for i in index]
+    index = [torch.as_tensor(i, device=device) for i in index]
+    if any(i.dtype == torch.bool and len(i) != n for i in index): raise ValueError(f"a mask needs {n} places for each image")
+    if any(i.is_floating_point() and len(i) for i in index): raise ValueError("index holds fractions: expected whole numbers, or bools")
+    index = [i.nonzero()[:, 0] if i.dtype == torch.bool else i.long() for i in index]
     lengths, flat = torch.tensor([len(i) for i in index], device="cpu"), torch.cat(index)
     if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < n:
         raise ValueError(f"index runs from {int(flat.min())} to {int(flat.max())}, but an image has patches 0 to {n - 1}")
@@ -189,7 +197,8 @@ def windows(
     index, device = here.nonzero()[:, 1], s.tokens.device
     first = grid_pos(index, (down, across)) * torch.tensor(stride, device=device)                                # upper left patch
     last = torch.minimum(first + torch.tensor(window, device=device), torch.tensor(s.grid, device=device)) - 1
-    return Selection(tokens[here], here.sum(1).cpu(), index, (first + last) / 2, size[here], (down, across), s.stats)
+    cell = tuple(c * d for c, d in zip(s.cell, stride))
+    return Selection(tokens[here], here.sum(1).cpu(), index, s.centre((first + last) / 2), size[here], (down, across), s.stats, cell)
 
 # %% ../nbs/08_connectors.ipynb #a779b9d5
 class PixelShuffle(PatchConnector):

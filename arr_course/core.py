@@ -7,7 +7,7 @@ __all__ = ['PROFILES', 'profile', 'device', 'set_seed', 'bf16_speedup', 'Missing
            'sha256', 'write_json', 'versions', 'git_commit', 'provenance']
 
 # %% ../nbs/00a_core.ipynb #8e926d65
-import hashlib, importlib, importlib.metadata, json, os, platform, random, subprocess, tempfile, time
+import hashlib, importlib, importlib.metadata, importlib.util, json, os, platform, random, subprocess, tempfile, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -124,4 +124,4 @@ def provenance(
     d = device()
     name = torch.cuda.get_device_name() if d.type == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return dict(device=d.type, device_name=name, profile=profile(), seed=seed, versions=versions("arr-course", *packages),
-                commit=git_commit(), date=time.strftime("%Y-%m-%d"), **more)
+                commit=git_commit(Path(importlib.util.find_spec("arr_course").origin).parent), date=time.strftime("%Y-%m-%d"), **more)

@@ -60,6 +60,7 @@ class DecoderConfig:
 
     def __post_init__(self):
         d, h, kv = self.embed_dim, self.num_heads, self.num_kv_heads
+        if min(d, h, kv) < 1: raise ValueError(f"a width of {d}, {h} heads and {kv} key-value heads: each must be at least 1")
         if d % h: raise ValueError(f"a width of {d} cannot be split over {h} heads: {d % h} left over; change one of them")
         if h % kv: raise ValueError(f"{h} query heads cannot share {kv} key-value heads evenly: choose a divisor of {h}")
         if self.head_dim % 2: raise ValueError(f"RoPE turns pairs: a head width of {self.head_dim} is odd")

@@ -22,7 +22,7 @@ from .generate import beam_search, greedy, pad_left, prefill
 from .learner import TrainConfig
 from .qformer import Heads, mix
 from .tuning import Stage, run_stage
-from .vlm import VLM, packed_mask, prefix_mask
+from .vlm import VLM, check_asked, packed_mask, prefix_mask
 from .vqa import BOS, EOS, PAD, Objectness
 
 # %% ../nbs/09g_flamingo.ipynb #cb8b890f
@@ -159,10 +159,10 @@ def answer(
 ) -> list[str]:
     "The model's answers, in words."
     if not questions: return []
-    rows = list(range(len(questions))) if rows is None else rows
-    if len(rows) != len(questions) or s is not None and max(rows) >= len(s.lengths):
-        raise ValueError(f"{len(questions)} questions about pictures {rows}: give each question its picture")
-    out = answer_ids(model, None if s is None else rows_of(s, rows), [model.vocab.encode(q) for q in questions], **kwargs)
+    rows = list(range(len(questions if s is None else s.lengths))) if rows is None else rows
+    prompts = [model.vocab.encode(q) for q in questions]
+    check_asked(prompts, rows, max(rows) + 1 if s is None else len(s.lengths))
+    out = answer_ids(model, None if s is None else rows_of(s, rows), prompts, **kwargs)
     return [model.vocab.decode(o) for o in out]
 
 # %% ../nbs/09g_flamingo.ipynb #a7ccbb74

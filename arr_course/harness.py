@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'NO_PEER', 'vlm_answers', 'inside_answers', 'answers', 'read_lines', 'write_line', 'spied', 'given', 'agrees',
-           'Runner', 'variant', 'measure', 'jobs', 'fits', 'run', 'facts', 'right_of', 'tokens_of', 'accuracy_of',
-           'difference', 'best_peer', 'row', 'table', 'headroom_of', 'compare']
+           'Runner', 'variant', 'measure', 'jobs', 'check_jobs', 'fits', 'run', 'facts', 'right_of', 'tokens_of',
+           'accuracy_of', 'difference', 'best_peer', 'row', 'table', 'headroom_of', 'compare']
 
 # %% ../nbs/14b_harness.ipynb #8acbe503
 import json, math
@@ -75,9 +75,13 @@ def answers(model, s: Selection, items: list[Item], method, budget: int) -> tupl
 def read_lines(path) -> list[dict]:
     "Results from a file and those beside it that other processes write (`NAME.1.jsonl`); a line that was not finished is left out."
     path, out = Path(path), []
-    for p in sorted(path.parent.glob(f"{path.stem}.*jsonl")):
+    if path.suffix != ".jsonl": raise ValueError(f"{path.name}: results are kept in a .jsonl file")
+    for p in sorted(path.parent.glob(f"{path.stem}*.jsonl")):
+        if p != path and not p.stem.removeprefix(f"{path.stem}.").isdigit(): continue
         text = p.read_text(encoding="utf-8")
-        out += [json.loads(line) for line in text[:text.rfind("\n") + 1].splitlines()]
+        for i, line in enumerate(text[:text.rfind("\n") + 1].splitlines(), 1):
+            try: out.append(json.loads(line))
+            except json.JSONDecodeError as e: raise ValueError(f"{p.name}, line {i} is damaged ({e}): delete it, and it is computed again") from None
     return out
 
 # %% ../nbs/14b_harness.ipynb #aa70eb41
@@ -188,6 +192,11 @@ def jobs(names: list[str], budgets: list[int], n: int) -> list[list[tuple[str, i
     return [[("full", n)]] * ("full" in names) + out
 
 # %% ../nbs/14b_harness.ipynb #1769ac29
+def check_jobs(names: list[str], budgets: list[int], n: int) -> None:
+    "Raise a `ValueError` for a variant that there is not, or a budget that leaves nothing to choose of n patches."
+    if odd := [x for x in names if x.partition(":")[2] not in ("", "fixed", "shuffled")]: raise ValueError(f"{odd[0]}: the variants are :fixed and :shuffled")
+    if (big := [b for b in budgets if b >= n]) and set(names) - {"full"}: raise ValueError(f"a budget of {big[0]} tokens, and a picture has {n}: ask for fewer, or for `full` alone")
+
 def fits(self: Runner, name: str, budget: int, model: str) -> bool:
     "Can this model be asked so? What drops tokens inside a decoder needs one, and a budget that it can reach."
     m = self.methods.get(name)
@@ -199,7 +208,7 @@ def fits(self: Runner, name: str, budget: int, model: str) -> bool:
 def run(self: Runner, names: list[str], budgets: list[int]) -> list[dict]:
     "Compute what is missing of this process's share; the lines of all."
     n = math.prod(json.loads(self.paper.path(0).with_suffix(".json").read_text(encoding="utf-8"))["grid"])
-    if (big := [b for b in budgets if b >= n]) and set(names) - {"full"}: raise ValueError(f"a budget of {big[0]} tokens, and a picture has {n}: ask for fewer, or for `full` alone")
+    check_jobs(names, budgets, n)
     for i, group in enumerate(jobs(names, budgets, n)):
         for name, budget in group if i % self.world == self.rank else ():
             if todo := [m for m in self.models if not self.found(name, budget, m) and fits(self, name, budget, m)]:
@@ -302,10 +311,13 @@ def compare(
     if wrong := [m for m in models if m != "reader" and read_card(m)["architecture"] != "VLM"]: raise ValueError(f"{wrong[0]} is not a VLM; `reader` is the symbolic reader")
     vlms = [load_vlm(m) for m in models if m != "reader"]
     encoder = vlms[0].encoder if vlms else load("arr/filip-ti")
+    check_jobs(methods, budgets, math.prod(encoder._probe.grid))
     bf16 = precision_of(encoder, precision) == "bf16"
     found = methods_of(encoder, methods, budgets, folder, density, bf16)
     paper = Paper(encoder, exam, folder, bf16).fill(progress=progress).verify()
     runner = Runner(paper, models, found, path, progress=progress)
     run(runner, list(methods), list(budgets))
+    if not (rows := table(runner, methods)):
+        raise ValueError(f"{', '.join(methods)} cannot be asked of {model} at {', '.join(map(str, budgets))}: what drops tokens inside a decoder needs one, and a mean that it can reach")
     return dict(density=density, questions=n, seed=seed, split=exam.split, precision="bf16" if bf16 else "fp32", encoder=encoder.name,
-                rows=table(runner, methods), provenance=runner.provenance)
+                rows=rows, provenance=runner.provenance)

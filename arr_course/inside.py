@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 
 from .attention import attend
-from .connectors import Selection, grid_pos
+from .connectors import Selection, grid_pos, keep_all
 from .decoder import DecoderConfig, KVCache, grouped_attention, rope_1d, rotate
 from .generate import greedy, pad_left
 from .relevance import Context
 from .select import Reducer
 from .vit import ParallelBlock
-from .vlm import VLM, prefix_ids, prefix_mask
+from .vlm import VLM, check_asked, prefix_ids, prefix_mask
 from .vqa import EOS, PAD
 
 # %% ../nbs/13b_inside.ipynb #eb7dc2e7
@@ -156,6 +156,7 @@ def tome(encoder) -> Callable:
     def run(images, questions, tokens: int) -> Selection:
         x = encoder.pixels(images)
         n = math.prod(vit.patch_embed.check(x.shape))
+        if tokens >= n: return keep_all(encoder.encode(x))
         return as_selection(*merged_features(vit, x, merges_per_layer(n, round(tokens), len(vit.blocks))))
     return run
 
@@ -320,10 +321,9 @@ def pruned_answer(
 ) -> list[str]:
     "The model's answers in words, when it drops visual tokens on the way; without cuts those of `vlm.answer`."
     if not questions: return []
-    rows = list(range(len(questions))) if rows is None else rows
-    if len(rows) != len(questions) or max(rows) >= len(s.lengths):
-        raise ValueError(f"{len(questions)} questions about pictures {rows}, and {len(s.lengths)} pictures: give each question its picture")
-    p = read_pruned(model, s, [model.vocab.encode(q) for q in questions], rows, plan)
+    rows, prompts = list(range(len(s.lengths))) if rows is None else rows, [model.vocab.encode(q) for q in questions]
+    check_asked(prompts, rows, len(s.lengths))
+    p = read_pruned(model, s, prompts, rows, plan)
     out = greedy(LayerMasks(model.decoder, p.visible), p.cache, p.h, p.visible[0], p.next_id, max_new, EOS)
     return [model.vocab.decode(o) for o in out]
 

@@ -23,7 +23,7 @@ from .arr import ARR2, alike
 from .connectors import PatchConnector, Selection, padded
 from .decoder import Decoder, KVCache, rope_1d, rotate
 from .generate import prefill
-from .vlm import VLM, answer_ids, prefix_ids, prefix_mask
+from .vlm import VLM, answer_ids, check_asked, prefix_ids, prefix_mask
 from .vqa import BOS
 
 # %% ../nbs/14c_packed.ipynb #989ef083
@@ -222,7 +222,7 @@ def greedy_choice(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "`select.facility_location` by repeated steps: `order (b, k)`, `gains (b, k)`. No number leaves the device."
     quality, cover, free, out = torch.ones_like(weight) if quality is None else quality, torch.zeros_like(weight), torch.zeros_like(weight), []
-    for _ in range(k):
+    for _ in range(min(k, sim.shape[1])):
         i, best, cover, free = step(sim, weight, quality, cover, free)
         out.append((i, best))
     order, gains = zip(*out)
@@ -345,9 +345,8 @@ def calibrated_answer(
 ) -> list[str]:
     "The model's answers, in words, with RESTORE's calibration in reading and in answering."
     if not questions: return []
-    rows = list(range(len(questions))) if rows is None else rows
-    if len(rows) != len(questions) or max(rows) >= len(s.lengths):
-        raise ValueError(f"{len(questions)} questions about pictures {rows}, and {len(s.lengths)} pictures: give each question its picture")
+    rows, prompts = list(range(len(s.lengths))) if rows is None else rows, [model.vocab.encode(q) for q in questions]
+    check_asked(prompts, rows, len(s.lengths))
     picture, decoder = read_calibrated(model, s, c)
     words = SimpleNamespace(decoder=decoder.asked(rows), cfg=model.cfg)
-    return [model.vocab.decode(o) for o in answer_ids(words, picture, [model.vocab.encode(q) for q in questions], rows, **kwargs)]
+    return [model.vocab.decode(o) for o in answer_ids(words, picture, prompts, rows, **kwargs)]

@@ -206,6 +206,8 @@ class Threshold:
 
     def __call__(self, c: Context, scores, tokens: float) -> torch.Tensor:
         if not self.table: raise ValueError("this budget has no threshold yet: calibrated(reducer, contexts)")
+        low, high = self.table[0][0], self.table[-1][0]
+        if not low <= tokens <= high: raise ValueError(f"a mean of {tokens:g} tokens, but thresholds are there for {low:g} to {high:g}: calibrated(reducer, contexts, budgets)")
         return (self.levels(c, scores) >= float(np.interp(tokens, *zip(*self.table)))).sum(1).cpu()
 
 # %% ../nbs/13a_peers.ipynb #91377a3a
@@ -218,9 +220,10 @@ def calibrated(
 ) -> Reducer:
     "The reducer with thresholds at which it keeps so many tokens of these pictures on average: each is one quantile of all their levels."
     rule = reducer.budget
+    if not isinstance(rule, Threshold): raise ValueError(f"{reducer.name} has no threshold to set; for ARR-2 see `arr.calibrated`")
     levels = torch.cat([rule.levels(c, None if reducer.score is None else reducer.score(c)).flatten() for c in contexts])
     levels, b = levels[levels.isfinite()].sort(descending=True).values, sum(map(len, contexts))
-    table = tuple((float(t), float(levels[min(len(levels), round(t * b)) - 1])) for t in budgets)
+    table = tuple((float(t), float(levels[min(len(levels), round(t * b)) - 1])) for t in sorted(set(budgets)))
     return replace(reducer, budget=replace(rule, table=table))
 
 # %% ../nbs/13a_peers.ipynb #0410b49d
@@ -249,6 +252,7 @@ def evidence_margin(
     tau: float = .05,
 ) -> torch.Tensor:
     "OccamToken, reconstructed: by what factor a patch passes both tests against the picture's sink, the weaker of the two `(b, n)`."
+    asked(c)                                                                  # or an error that says what is missing
     a = saliency(c)
     seen = a / (share * a.amax(1, keepdim=True))
     sink = c.joint.float().mean(1, keepdim=True)                              # what all patches share

@@ -164,4 +164,4 @@ def run_practice(
 _TRAIN = dict(warmup=100, weight_decay=.05, betas=(.9, .98), log_every=50, save_every=250)
 RECIPE = {"focus": STAGES["focus"],
           "practice": PracticeStage(TrainConfig(steps=5000, batch_size=16, lr=1e-3, min_lr=1e-4, ema=.995, **_TRAIN), low=48, high=256, full=.03, random=.1),
-          "budgets": PracticeStage(TrainConfig(steps=700, batch_size=8, lr=3e-4, min_lr=1e-5, ema=.995, **_TRAIN), low=16, high=400, full=.4, random=.2, shift=150)}
+          "budgets": PracticeStage(TrainConfig(steps=700, batch_size=8, lr=3e-4, min_lr=1e-5, ema=.995, seed=50, **_TRAIN), low=16, high=400, full=.4, random=.2)}

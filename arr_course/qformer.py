@@ -32,6 +32,7 @@ def mix(
     if weights is None and not slow: return F.scaled_dot_product_attention(q, k, v, mask)
     z = q * q.shape[-1] ** -.5 @ k.transpose(-2, -1)                         # (b, heads, q, n)
     a = (z if mask is None else z.masked_fill(~mask, -torch.inf)).softmax(-1)
+    if mask is not None: a = a.masked_fill(~mask, 0)                         # who may see nothing gets nothing, not NaN: as the fused kernel
     if weights is not None: weights.append(a)
     return a @ v
 

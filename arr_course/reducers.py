@@ -23,7 +23,7 @@ from .select import Reducer, facility_location, max_min, prefix, top_k
 
 # %% ../nbs/13_reducers.ipynb #0b6b8dcf
 def noise(c: Context, seed: int = 0) -> torch.Tensor:
-    "Random scores `(b, n)` from a seed and the picture itself, whatever else is in the batch."
+    "Random scores `(b, n)` from a seed and the picture's first patch, whatever else is in the batch."
     marks = [zlib.crc32(p.tobytes() + str(seed).encode()) for p in c.patches[:, 0].float().cpu().numpy()]
     draws = [torch.rand(c.n, generator=torch.Generator().manual_seed(m)) for m in marks]
     return torch.stack(draws).to(c.patches.device)
@@ -77,7 +77,7 @@ def sides(k: int, grid: tuple[int, int]) -> tuple[int, int]:
     h, w = grid
     stretch = lambda r, q: max(h * q / (w * r), w * r / (h * q))
     fits = [(r, q) for r in range(1, h + 1) for q in range(1, min(w, k // r) + 1) if stretch(r, q) <= 1.5]
-    return max(fits, key=lambda o: (o[0] * o[1], -stretch(*o)))
+    return max(fits, key=lambda o: (o[0] * o[1], -stretch(*o)), default=(1, 1))
 
 # %% ../nbs/13_reducers.ipynb #026b9dd9
 @torch.no_grad()
@@ -92,6 +92,7 @@ def downsampled(
     patch = height // encoder._probe.grid[0], width // encoder._probe.grid[1]
     full = tuple(a // p for a, p in zip(x.shape[-2:], patch))
     if tokens >= math.prod(full): return keep_all(encoder.encode(x))
+    if tokens < 1: raise ValueError(f"downsample: {tokens} tokens are less than one")
     h, w = sides(int(tokens), full)
     s = keep_all(encoder.encode(F.interpolate(x, (h * patch[0], w * patch[1]), mode="bicubic", antialias=True)))
     ratio = torch.tensor([full[0] / h, full[1] / w], device=x.device)
@@ -211,6 +212,7 @@ def quarter_and_grid(c: Context, scores: torch.Tensor, k: torch.Tensor) -> list[
     "The same held to a budget: a quarter by attention, the others evenly spaced, one less than k."
     out = []
     for order, m in zip(ranked(scores), k.tolist(), strict=True):
+        if m < 2: raise ValueError("prumerge+ keeps two tokens at least: one patch, and one for the rest")
         top = max(1, (m - 1) // 4)
         rest, more = order[top:].sort().values, max(m - 1 - top, 0)
         out.append(torch.cat([order[:top], rest[(torch.arange(more, device=rest.device) * 2 + 1) * len(rest) // (2 * max(more, 1))]]))

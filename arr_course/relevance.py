@@ -51,7 +51,9 @@ def query(
     words: Callable = cue_words, # Which words of a question to look for: str -> tuple of str
 ) -> Query:
     "The words of each question as vectors; each different word is encoded once."
-    found = tuple(tuple(words(q)) for q in questions)
+    found = [words(q) for q in questions]
+    if any(isinstance(w, str) for w in found): raise ValueError("`words` gave a str: expected a tuple of words for each question")
+    found = tuple(map(tuple, found))
     distinct = list(dict.fromkeys(w for ws in found for w in ws))
     t, at = max(1, *map(len, found)), {w: i for i, w in enumerate(distinct)}
     table = encoder.encode_text(distinct) if distinct else torch.zeros(0, encoder.joint(encoder._probe).shape[-1])
@@ -80,7 +82,9 @@ class Context:
     def grid(self) -> tuple[int, int]: return self.features.grid
 
     def rows(self, index) -> "Context":
-        "The same for some of the pictures, in this order: `index` is a list, a tensor or a slice."
+        "The same for some of the pictures, in this order: `index` is a list, a tensor, a mask or a slice."
+        if torch.is_tensor(index) and index.dtype == torch.bool: index = index.nonzero()[:, 0]
+        if isinstance(index, int): index = [index]
         some = lambda x: None if x is None else x[index]
         pick = index.tolist() if torch.is_tensor(index) else range(len(self))[index] if isinstance(index, slice) else index
         f, q = self.features, self.query
@@ -196,8 +200,8 @@ def word_maps(c: Context) -> torch.Tensor:
 # %% ../nbs/11_relevance.ipynb #e6e6263f
 def mean_similarity(c: Context) -> torch.Tensor:
     "The textbook's query relevance `(b, n)`: mean cosine with all words of the question; 0 where there is none."
-    m = c.query.mask.float()[:, None]
-    return (word_maps(c) * m).sum(-1) / m.sum(-1).clamp(min=1)
+    s, m = word_maps(c), c.query.mask.float()[:, None]
+    return (s * m).sum(-1) / m.sum(-1).clamp(min=1)
 
 def similarity(c: Context) -> torch.Tensor:
     "Cosine of each patch with its question's nearest word `(b, n)`; 0 where a question has no word."
@@ -226,8 +230,8 @@ def relevance(
 # %% ../nbs/11_relevance.ipynb #3d30ca71
 def cross_attention(c: Context, tau: float = .05) -> torch.Tensor:
     "Query relevance as attention `(b, n)`: each word's softmax over the patches, averaged over words; 1 / n where there is none."
-    m = c.query.mask.float()[:, None]
-    p = ((word_maps(c) / tau).softmax(1) * m).sum(-1) / m.sum(-1).clamp(min=1)
+    s, m = word_maps(c), c.query.mask.float()[:, None]
+    p = ((s / tau).softmax(1) * m).sum(-1) / m.sum(-1).clamp(min=1)
     return p.where(c.query.mask.any(1, keepdim=True), torch.full_like(p, 1 / c.n))
 
 # %% ../nbs/11_relevance.ipynb #4352a8f2

@@ -46,11 +46,16 @@ class Reducer:
     def __call__(self, c: Context, tokens: float) -> Selection:
         "About so many tokens of each picture, on average: `tokens >= n` is every patch."
         if tokens >= c.n: return keep_all(c.features)
-        if tokens < 1: raise ValueError(f"{self.name}: {tokens} tokens are less than one")
+        self.check(c, tokens)
         scores = None if self.score is None else self.score(c)
         k = fixed(c, scores, tokens) if self.budget is None else self.budget(c, scores, tokens)
         s = keep(c.features, (top_k if self.choose is None else self.choose)(c, scores, k.clamp(1, c.n)))
         return s if self.merge is None else self.merge(c, s, scores)
+
+    def check(self, c: Context, tokens: float) -> None:
+        "Raise a `ValueError` where there is nothing to choose, or nothing to choose by."
+        if tokens < 1: raise ValueError(f"{self.name}: {tokens} tokens are less than one")
+        if not c.patches.isfinite().all(): raise ValueError(f"{self.name}: patches hold NaN or infinity; look at the encoder's precision")
 
 # %% ../nbs/12_select.ipynb #5951efb0
 def _stop(gains, tau, low, high):
@@ -97,7 +102,7 @@ def facility_location(
     batched: bool | None = None,          # All pictures at once, or one after another in NumPy; default: the latter on a CPU
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Greedily choose the patches that best stand for all: `order (b, k)`, `gains (b, k)`, falling."
-    sim, weight = sim.float(), weight.float()
+    sim, weight = sim.detach().float(), weight.detach().float()                # a choice has no gradient
     quality, k = torch.ones_like(weight) if quality is None else quality.float(), min(k, sim.shape[1])
     if sim.device.type == "cpu" if batched is None else not batched:
         each = [_updated(*(x.double().numpy() for x in one), k, tau, low) for one in zip(sim, weight, quality, strict=True)]

@@ -244,7 +244,7 @@ def context_of(encoder, features: torch.Tensor, questions: list[str], grid: tupl
 
 # %% ../nbs/12c_staged.ipynb #51213709
 class Asked(Dataset):
-    "Endless rows of one picture and one question, from stored scenes: features, evidence and text."
+    "Endless rows of one picture and one question, from stored scenes: features, evidence, text and the scene itself."
     def __init__(self, stored: list, vocab: Vocabulary, seed: int = 0): self.stored, self.vocab, self.seed = stored, vocab, seed
     def __len__(self): return 10 ** 9
     def __getitem__(self, i):
@@ -253,7 +253,7 @@ class Asked(Dataset):
         scene, (features, masks) = stored.scene(k), stored[k]
         qs = ask(scene, s)
         q = qs[s % len(qs)]
-        return dict(pack([question_line(SceneIndex(scene), q, masks, self.vocab)]), features=features, answer=q.answer, of=q.text)
+        return dict(pack([question_line(SceneIndex(scene), q, masks, self.vocab)]), features=features, scene=scene, answer=q.answer, of=q.text)
 
 def collate_asked(items: list[dict]) -> dict:
     "Rows to a batch: as `collate_lessons`, and the questions' text."

@@ -136,6 +136,8 @@ def lesson_loss(model, batch: dict, stage: Stage, objectness, grid: tuple[int, i
 def looks(weights: dict, batch: dict, index: torch.Tensor) -> dict[str, torch.Tensor]:
     "The attention masses that are taught. `weights`: block -> [`(b, heads, m + t, m + t)`], the m being `<bos>` and the patches `index (b, k)`."
     rows, t, k = batch["rows"], batch["segments"].shape[1], index.shape[1]
+    got = weights[BLOCKS["word"]][0].shape[-1] - 1 - t
+    if got != k: raise ValueError(f"grounding needs one visual token for each patch, but {k} patches became {got} tokens: set ground=0")
     text = {name: weights[block][0][:, :, -t:] for name, block in BLOCKS.items()}         # what text attends to
     evidence, named = batch["evidence"].gather(1, index[rows[:, 0]]), named_words(rows, batch["segments"])
     use = dict(word=(rows[:, 2] == 0) & evidence.any(1), mark=(rows[:, 2] == 1) & evidence.any(1), pointer=(rows[:, 2] == 1) & named.any(1))
@@ -146,6 +148,7 @@ def looks(weights: dict, batch: dict, index: torch.Tensor) -> dict[str, torch.Te
 # %% ../nbs/09e_tuning.ipynb #25db5940
 def set_trainable(model: VLM, what: str) -> None:
     "Freeze and unfreeze: `all`, `connector` (with `balance` and `places`), or `decoder`."
+    if what not in ("all", "connector", "decoder"): raise ValueError(f"cannot train {what!r}: choose all, connector or decoder")
     for name, p in model.named_parameters(): p.requires_grad_(what == "all" or name.startswith("decoder.") == (what == "decoder"))
 
 # %% ../nbs/09e_tuning.ipynb #4b183209
@@ -187,7 +190,7 @@ def train_vlm(
     encoder,                    # Frozen; its features are computed once
     cfg: VLMConfig,
     stages: dict = STAGES,
-    seed: int = 0,
+    seed: int = 0,              # To which each stage's own seed is added
     scenes: int = 8192,         # Of each density
     densities: tuple[str, ...] = ("dense", "sparse"),
     features=None,              # Folder of the features; default: in the cache
@@ -203,7 +206,7 @@ def train_vlm(
     torch.manual_seed(seed)
     model, objectness = begin(VLM(cfg), encoder), Objectness(encoder)
     for name, stage in stages.items():
-        stage = replace(stage, cfg=replace(stage.cfg, seed=seed))
+        stage = replace(stage, cfg=replace(stage.cfg, seed=seed + stage.cfg.seed))
         model = run(model, stage, stored, objectness, Path(out) / name)
     return model
 
@@ -213,7 +216,8 @@ def coarse(
     grid: tuple[int, int],   # Of the patches
 ) -> torch.Tensor:
     "Which of q cells each patch is in, `(n,)`: the squarest division of the grid with rows x columns = q."
-    rows = next(r for r in range(int(q ** .5), 0, -1) if q % r == 0)
+    rows = next((r for r in range(int(max(q, 0) ** .5), 0, -1) if q % r == 0), 0)
+    if not rows or rows > grid[0] or q // rows > grid[1]: raise ValueError(f"a {grid[0]}x{grid[1]} grid has no {q} equal cells")
     row, col = (torch.arange(g) * k // g for g, k in zip(grid, (rows, q // rows)))
     return (row[:, None] * (q // rows) + col).flatten()
 
@@ -224,7 +228,7 @@ def look_alike(layer, sharp: float) -> None:
     qformer = hasattr(layer, "cross")
     heads, small = (layer.cross, (layer.attn.proj, layer.mlp.fc2)) if qformer else (layer.attn, (layer.mlp[3],))
     ask, give = (sharp ** .5, 1.) if qformer else (1., 1 / sharp)
-    eye = torch.eye(heads.q.weight.shape[1])
+    eye = torch.eye(heads.q.weight.shape[1], device=heads.q.weight.device)
     for o, w in zip((heads.q, heads.kv, heads.proj), (ask * eye, torch.cat([ask * eye, give * eye]), eye)):
         o.weight.copy_(w)
         if o.bias is not None: o.bias.zero_()
@@ -242,8 +246,8 @@ def start_queries(
     if getattr(c, "num_queries", None) is None or c.image.place is None: raise ValueError(f"a {model.cfg.connector} connector has no queries that could start at places")
     inner, queries = (c.qformer, c.qformer.queries) if hasattr(c, "qformer") else (c.resampler, c.resampler.latents)
     if queries.shape[2] != c.in_dim: raise ValueError(f"queries are {queries.shape[2]} wide and patches {c.in_dim}: they must be alike to find each other")
-    cell = coarse(queries.shape[1], grid)
-    place = torch.zeros_like(queries[0]).index_add(0, cell, c.image.place(grid_pos(torch.arange(len(cell)), grid)))
+    cell = coarse(queries.shape[1], grid).to(queries.device)
+    place = torch.zeros_like(queries[0]).index_add(0, cell, c.image.place(grid_pos(torch.arange(len(cell), device=cell.device), grid)))
     queries.copy_(F.layer_norm(place, place.shape[1:]))
     for layer in inner.layers: look_alike(layer, sharp)
     if hasattr(c, "proj"): nn.init.eye_(c.proj.weight); c.proj.bias.zero_()
@@ -262,7 +266,7 @@ def start_output(
     c, mean = model.connector, F.one_hot(cell).double() / cell.bincount()
     x = F.pad(c.bring(s).flatten(0, 1).double(), (0, 1), value=1.)                        # (b q, embed_dim + 1)
     y = (mean.T @ teacher.visual(s).embeddings.double()).flatten(0, 1)                    # (b q, d)
-    w = torch.linalg.solve(x.T @ x + ridge * len(x) * torch.eye(x.shape[1]), x.T @ y)
+    w = torch.linalg.solve(x.T @ x + ridge * len(x) * torch.eye(x.shape[1], device=x.device), x.T @ y)
     c.fc.weight.copy_(w[:-1].T); c.fc.bias.copy_(w[-1])
     if model.balance is not None: model.balance.weight.mul_(y.norm(dim=1).mean() / model.balance.weight.norm())
     return 1 - float((y - x @ w).square().sum() / (y - y.mean(0)).square().sum())

@@ -103,12 +103,13 @@ def sit(
 
 # %% ../nbs/10b_vqa_evaluate.ipynb #406c5095
 def grade(items: list[Item], said: dict[str, list[str]]) -> dict[str, dict]:
-    "Figures from answers: accuracy of everyone who answered, of `model` by type, both of a pair, and the distance to every other."
+    "Figures from answers: accuracy of everyone who answered, of model, prior and reader by type, both of a pair, and the distance to every other."
     pair, types = np.arange(len(items)) // 2, np.array([i.question.type for i in items])
     right = {k: np.array([a == i.answer for a, i in zip(v, items, strict=True)], float) for k, v in said.items()}
     share = lambda r, where=slice(None): paired_bootstrap(r[where], np.zeros_like(r[where]), pair[where])
-    out = {"accuracy" if k == "model" else k: share(r) for k, r in right.items()}
-    out |= {f"accuracy/{t}": share(right["model"], types == t) for t in dict.fromkeys(types) if (types == t).sum() > 2}   # two pairs, for an interval
+    name, each = lambda k: "accuracy" if k == "model" else k, [k for k in ("model", "question_only", "reader") if k in right]
+    out = {name(k): share(r) for k, r in right.items()}
+    out |= {f"{name(k)}/{t}": share(right[k], types == t) for k in each for t in dict.fromkeys(types) if (types == t).sum() > 2}   # two pairs, for an interval
     out["pairs"] = pair_consistency(right["model"].reshape(-1, 2))["both"]
     return out | {f"over_{k}": paired_bootstrap(right["model"], r, pair) for k, r in right.items() if k != "model"}
 

@@ -35,6 +35,12 @@ def test_help_names_every_command():
     (["evaluate", "arr/nothing"], "arr/nothing"),
     (["evaluate", "pkg/efficientnet-lite0", "--parts", "grounding"], "cannot be evaluated on 'grounding'"),
     (["evaluate", "pkg/efficientnet-lite0", "--density", "full"], "neither dense nor sparse"),
+    (["evaluate", "arr/filip-ti", "--parts", ""], "cannot be evaluated on ''"),
+    (["evaluate", "arr/filip-ti", "--json", "."], "--json . cannot be written: it is a folder"),
+    (["budget", "--json", "."], "--json . cannot be written: it is a folder"),
+    (["budget", "--methods", "arr-2:foo"], "variants are :fixed and :shuffled"),
+    (["budget", "--budgets", "600"], "a picture has 576"),
+    (["budget", "--results", "answers.json"], "kept in a .jsonl file"),
     (["train", "clip-b"], "no recipe 'clip-b'"),
 ])
 def test_mistakes_get_one_line(args, says, tmp_path):

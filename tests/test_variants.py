@@ -102,4 +102,14 @@ def test_seeds_are_averaged_and_a_method_that_one_seed_lacks_is_left_out(lab):
     assert [r["asked"] for r in rows] == [576, 64, 64, 576]
     assert [round(40 * r["accuracy"], 6) for r in rows] == [23.5, 22.5, 17.5, 23.5]
     assert [round(40 * r["arr_2_minus_it"]["value"], 6) for r in rows] == [4, 5, 10, -1]
+    assert not any("same_mean_minus_it" in r for r in rows)
     assert all(r["arr_2_minus_it"]["low"] <= r["arr_2_minus_it"]["value"] <= r["arr_2_minus_it"]["high"] for r in rows)
+
+
+def test_arr_2_held_to_the_mean_is_compared_as_well(lab):
+    some = Seeds({"arr-2": 25, "arr-2:fixed": 20, "sieve": 15, lab.SAME: 24})
+    some.lines = [dict(method=m, budget=64) for m in ("arr-2", lab.SAME, "sieve")]
+    rows = {r["method"]: r for r in lab.seeds(some, ("a", "b"))}
+    assert set(rows) == {lab.SAME, "sieve"} and "same_mean_minus_it" not in rows[lab.SAME]
+    assert round(40 * rows["sieve"]["same_mean_minus_it"]["value"], 6) == 9
+    assert round(40 * rows[lab.SAME]["arr_2_minus_it"]["value"], 6) == 1

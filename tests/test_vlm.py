@@ -365,6 +365,7 @@ def test_figures_equal_brute_force(monkeypatch, encoder):
     want = {"accuracy" if k == "model" else k: v.mean(1) for k, v in right.items()}
     want |= {f"over_{k}": (r - v).mean(1) for k, v in right.items() if k != "model"}
     want |= {f"accuracy/{t}": r[types == t].mean(1) for t in ve.TYPES} | {"pairs": r.min(1)}
+    want |= {f"question_only/{t}": right["question_only"][types == t].mean(1) for t in ve.TYPES}
     assert set(m) == set(want) and .3 < m["accuracy"]["value"] < .95
     for k, rows in want.items():
         rng = np.random.default_rng(9)

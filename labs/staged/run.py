@@ -1,6 +1,6 @@
 """Four stages of training a selector, one after the other: what does each gain over the form that needs no training?
 
-    python labs/staged/run.py                      # stages 1 to 3; writes results/staged.json
+    python labs/staged/run.py                      # all four stages; writes results/staged.json
     python labs/staged/run.py --quick --out x.json # a few scenes and steps, to see that it runs
 
 Every finished part is kept at once: started again, only the missing ones are run."""
@@ -19,25 +19,28 @@ import torch  # noqa: E402
 from arr_course.arr import Opponents, arr_2  # noqa: E402
 from arr_course.contrastive import auroc  # noqa: E402
 from arr_course.core import provenance, write_json  # noqa: E402
-from arr_course.learner import TrainConfig  # noqa: E402
+from arr_course.learner import Learner, TrainConfig  # noqa: E402
 from arr_course.metrics import paired_bootstrap  # noqa: E402
 from arr_course.papers import exam_patches  # noqa: E402
 from arr_course.questions import evidence_mask  # noqa: E402
-from arr_course.relevance import mean_similarity, novelty, objectness, relevance, surprisal  # noqa: E402
+from arr_course.relevance import look, mean_similarity, novelty, objectness, relevance, surprisal  # noqa: E402
 from arr_course.select import Reducer  # noqa: E402
 from arr_course.staged import (  # noqa: E402
     Asked,
     Remembered,
     RiskHead,
     Scorer,
+    Whole,
     best_fixed,
     channels,
+    collate_asked,
     context_of,
     learned_arr,
     lines,
     own_attention,
     price_for,
     priced,
+    rates,
     risk_table,
     search_opponents,
     train_head,
@@ -47,9 +50,12 @@ from arr_course.staged import (  # noqa: E402
 from arr_course.vlm import load_vlm  # noqa: E402
 from arr_course.vqa import FeatureStore, StoredScenes  # noqa: E402
 from arr_course.vqa_evaluate import Exam  # noqa: E402
+from arr_course.world import render  # noqa: E402
+from arr_course.zoo import load  # noqa: E402
 
 HERE, BATCH, BUDGETS, PRICE = Path(__file__).resolve().parent, 36, (8, 16, 32, 64, 128, 256), .001
-PARTS = ("scorer", "attention", "answers", "opponents", "budget", "tuning")
+SOME = (16, 32, 64, 128)   # Budgets of stages 3 and 4
+PARTS = ("scorer", "attention", "answers", "opponents", "budget", "tuning", "stage_4")
 
 
 class Half:
@@ -189,12 +195,15 @@ class Lab:
         less = {f"head_over_{w}": paired_bootstrap(cost["head"], cost[w], pairs(n)) for w in ("fixed", "shuffled")}
         return dict(price=price, ways=out, **less)
 
+    def schedule(self):
+        "Of stages 3 and 4."
+        few = min(20, self.a.steps)
+        return TrainConfig(steps=self.a.steps, batch_size=8, lr=2e-4, min_lr=1e-5, warmup=few, weight_decay=.05, log_every=few,
+                           seed=self.a.seed, precision="no")
+
     def tuning(self):
         "Stage 3: connector and decoder on what the selector keeps; the control trains as long on object-like subsets."
-        few = min(20, self.a.steps)
-        cfg = TrainConfig(steps=self.a.steps, batch_size=8, lr=2e-4, min_lr=1e-5, warmup=few, weight_decay=.05, log_every=few,
-                          seed=self.a.seed, precision="no")
-        rows, budgets, out = Asked([self.stored], self.model.vocab, self.a.seed + 1), (16, 32, 64, 128), {}
+        rows, cfg, budgets, out = Asked([self.stored], self.model.vocab, self.a.seed + 1), self.schedule(), SOME, {}
         old = self.test.table(self.model, self.chosen, budgets=budgets)
         for name, reducer in (("selected", self.chosen), ("object-like", Reducer("object-like", self.thing))):
             student = copy.deepcopy(self.model)
@@ -204,6 +213,41 @@ class Lab:
             self.memory[name] = new
         both = compared(self.memory["selected"], self.memory["object-like"], budgets)
         return dict(steps=cfg.steps, **out, selected_over_object_like=both)
+
+    def stage_4(self):
+        "Stage 4: the encoder at a hundredth of the rate; the control trains as long with the encoder as it was."
+        tables, words, out = {}, {}, {}
+        tables["before"], words["before"] = self.looked(self.encoder.encoder, self.model)
+        for name, low in (("as it was", 0.), ("low rate", .01)):
+            encoder, student = load("arr/filip-ti", device="cpu"), copy.deepcopy(self.model)
+            log = self.learned_whole(encoder, student, low)
+            tables[name], words[name] = self.looked(encoder, student)
+            over = compared(tables[name], tables["before"], SOME)
+            lies = against(words[name], words["before"], self.test)
+            out[name] = dict(over=over, relevance=lies, loss=[round(r["loss"], 4) for r in log])
+        return dict(steps=self.a.steps, **out, low_rate_over_as_it_was=compared(tables["low rate"], tables["as it was"], SOME))
+
+    def learned_whole(self, encoder, student, low):
+        "Encoder and VLM trained in place behind ARR-2; every picture is encoded anew. Returns the log's rows."
+        whole = Whole(encoder, student)
+        if not low: whole.vision.requires_grad_(False)
+
+        def loss(m, b):
+            nll, wrong = m(b["pixels"], b["questions"], b, arr_2(), SOME[int(torch.randint(len(SOME), ()))])
+            return nll.mean(), dict(wrong=wrong.mean())
+
+        rows = Asked([self.stored], self.model.vocab, self.a.seed + 2)
+        seen = lambda b: collate_asked(b) | dict(pixels=encoder.pixels([render(o["scene"]) for o in b]))
+        log = Learner(whole, loss, rows, self.schedule(), collate=seen, groups=rates(whole, low)).fit()
+        whole.eval().requires_grad_(False)
+        return log
+
+    def looked(self, encoder, model):
+        "Test questions with pictures as this encoder sees them: risk behind ARR-2, and where its relevance lies."
+        half, items = copy.copy(self.test), list(Exam(self.a.density, self.a.n, 7).items())
+        cut = [items[i:i + BATCH] for i in range(0, len(items), BATCH)]
+        half.contexts = [look(encoder, [render(i.scene) for i in part], [i.question.text for i in part]) for part in cut]
+        return half.table(model, arr_2(), budgets=SOME), found(half.of(relevance), half)
 
 
 def main():
