@@ -203,7 +203,7 @@ def train_shipped(
     Exam(n=n)                                                                             # an odd number is refused now, not after the training
     stages = {k: replace(s, cfg=quick(s.cfg, fast)) for k, s in how["stages"].items()}
     rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-    encoder, card_name = load("arr/filip-ti"), name + (f"-s{seed}" if seed and name == "vlm-mlp" else "")
+    encoder, card_name = load("arr/filip-ti"), name + (f"-s{seed}" if seed and name.startswith("vlm-mlp") else "")
     model = train_vlm(out, encoder, vlm_config(name), **how | dict(stages=stages), seed=seed, scenes=8 if fast else 8192, rank=rank, world=world)
     if rank: return None
     seconds = sum(read_log(Path(out) / k / "log.jsonl")[-1]["seconds"] for k in stages)

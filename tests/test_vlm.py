@@ -617,10 +617,10 @@ def test_train_writes_a_card_and_evaluate_repeats_it(quick_run):
 
 
 def test_the_longer_recipe_is_trained_by_the_same_command(quick_run, tmp_path):
-    r = run("train", "vlm-mlp-practice", "--quick", "--out", tmp_path, **quick_run[1])
+    r = run("train", "vlm-mlp-practice", "--quick", "--seed", 1, "--out", tmp_path, **quick_run[1])
     assert r.exit_code == 0, (r.output, r.exception)
-    card = json.loads((tmp_path / "vlm-mlp-practice.json").read_text(encoding="utf-8"))
-    assert (card["steps"], card["name"]) == (2 * len(RECIPE), "arr/vlm-mlp-practice")
+    card = json.loads((tmp_path / "vlm-mlp-practice-s1.json").read_text(encoding="utf-8"))
+    assert (card["steps"], card["name"]) == (2 * len(RECIPE), "arr/vlm-mlp-practice-s1")
     logs = {k: read_log(tmp_path / k / "log.jsonl")[-1] for k in RECIPE}
     assert ["says_one" in o for o in logs.values()] == [False, True, True]
     assert [isinstance(s, PracticeStage) for s in RECIPE.values()] == [False, True, True]
