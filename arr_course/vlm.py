@@ -174,7 +174,7 @@ class Assistant:
 
     def ask(self, image, *questions: str, **kwargs) -> list[str]:
         "Answers about one picture, which is read once. Where a question mark is missing it is added: behind it the models answer."
-        s, marked = self.see(image), [q if "?" in q else f"{q}?" for q in questions]
+        s, marked = self.see(image), [q if "?" in q or not q.strip() else f"{q}?" for q in questions]
         if len(s.lengths) != 1: raise ValueError(f"ask() is about one picture, not {len(s.lengths)}: see `answer`")
         return answer(self.model, s, marked, rows=[0] * len(questions), **kwargs)
 
