@@ -184,8 +184,8 @@ def from_mlp(
 # %% ../nbs/10b_vqa_evaluate.ipynb #4e4d2401
 def recipe_of(name: str) -> tuple[dict, dict]:
     "Stages of a shipped VLM, and how it begins, as arguments of `train_vlm`."
-    if name == "vlm-mlp-practice": return dict(stages=RECIPE, run=run_practice), dict(recipe="arr/vlm-mlp from its first stage on: one question of each type a picture, hidden things, evidence for each thing apart, patches that say their names; budgets of 16 to 576 tokens")
-    if name == "vlm-mlp": return dict(stages=STAGES), dict(recipe="LLaVA-style VLM: MLP connector, small Llama decoder from nothing, on frozen arr/filip-ti; grounding loss; budgets of 16 to 576 tokens")
+    if name == "vlm-mlp-practice": return dict(stages=RECIPE, run=run_practice), dict(recipe="arr/vlm-mlp from its first stage on: one question of each type a picture, hidden things, evidence for each thing apart, patches that say their names; budgets of 16 to 400 and all 576 tokens")
+    if name == "vlm-mlp": return dict(stages=STAGES), dict(recipe="LLaVA-style VLM: MLP connector, small Llama decoder from nothing, on frozen arr/filip-ti; grounding loss; budgets of 16 to 400 and all 576 tokens")
     return dict(stages=QUERIES, begin=partial(from_mlp, scenes=48)), dict(recipe=f"VLM with a {SHIPPED[name][0]} of {SHIPPED[name][1]['num_queries']} tokens on frozen arr/filip-ti; its decoder starts as that of arr/vlm-mlp, its queries at places")
 
 # %% ../nbs/10b_vqa_evaluate.ipynb #6737417b
