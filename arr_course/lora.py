@@ -98,6 +98,7 @@ class Tuned(nn.Module):
         super().__init__()
         self.trunk, self.norm, self.head = trunk, nn.BatchNorm1d(dim, affine=False), nn.Linear(dim, n_classes)
         nn.init.zeros_(self.head.weight); nn.init.zeros_(self.head.bias)
+        self.to(next(trunk.parameters()).device)
 
     def forward(self, x): return self.head(self.norm(self.trunk(x).flatten(1)))
 
@@ -126,7 +127,8 @@ def fine_tune(
     bf16: bool = False,       # Autocast to bf16
 ) -> list[float]:
     "Train what `prepare` left trainable, in place; the losses. The rate warms up over a tenth of the steps, then falls along a cosine."
-    g, losses = torch.Generator().manual_seed(seed), []
+    g, losses, where = torch.Generator().manual_seed(seed), [], model.head.weight.device
+    x, y = x.to(where), y.to(where)
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, weight_decay=0.01)
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps, pct_start=0.1, cycle_momentum=False)
     model.train()
@@ -144,4 +146,5 @@ def fine_tune(
 @torch.no_grad()
 def accuracy(model: Tuned, x, y, batch_size: int = 128):
     "One number an image: 1 where the class is right, else 0, as an array."
-    return torch.cat([(model(o).argmax(-1) == t).float() for o, t in zip(x.split(batch_size), y.split(batch_size), strict=True)]).numpy()
+    x, y = x.to(model.head.weight.device), y.to(model.head.weight.device)
+    return torch.cat([(model(o).argmax(-1) == t).float() for o, t in zip(x.split(batch_size), y.split(batch_size), strict=True)]).cpu().numpy()
