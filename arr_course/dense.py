@@ -66,10 +66,10 @@ def miou_interval(
 
 # %% ../nbs/07a_dense.ipynb #a1af01ed
 def as_sets(feats) -> dict[str, torch.Tensor]:
-    "Feature maps by name: one tensor `(b, d, h, w)` becomes a dict of one."
+    "Feature maps by name: one tensor `(b, d, h, w)` becomes a dict of one; on the CPU."
     sets = feats if isinstance(feats, dict) else {"last": feats}
     if bad := [k for k, v in sets.items() if v.ndim != 4]: raise ValueError(f"feature maps are (b, d, h, w), as Features.dense() gives; {bad[0]!r} is not")
-    return sets
+    return {k: v.cpu() for k, v in sets.items()}                            # labels and heads are there
 
 def rows(x) -> torch.Tensor:
     "Feature maps `(b, d, h, w)` as one row a patch, `(b * h * w, d)`."
@@ -198,5 +198,5 @@ def pca(
 def paint_pca(parts: torch.Tensor) -> torch.Tensor:
     "Components `(..., 3)` as colours in 0..1: the middle 96 % of each fills the range."
     flat = parts.flatten(0, -2)
-    low, high = flat.quantile(torch.tensor([.02, .98]), 0)
+    low, high = flat.quantile(torch.tensor([.02, .98], device=flat.device), 0)
     return ((parts - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)

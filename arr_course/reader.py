@@ -215,7 +215,7 @@ class SymbolicReader:
     ):
         if not hasattr(encoder, "match"): raise TypeError(f"{encoder.name} cannot be asked for words: take one that can, such as arr/filip-ti")
         self.encoder, self.thresholds, self.names = encoder, thresholds, (*names, "sign")
-        self.words = encoder.encode_text([*self.names, *(f"{c} disc" for c in COLOURS), *(f"number {d}" for d in DIGITS)])
+        self.words = encoder.encode_text([*self.names, *(f"{c} disc" for c in COLOURS), *(f"number {d}" for d in DIGITS)]).to(encoder.device)
 
     @torch.no_grad()
     def evidence(self, s: Selection) -> list[Evidence]:

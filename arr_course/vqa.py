@@ -228,7 +228,7 @@ def select_rows(features: torch.Tensor, index: torch.Tensor, grid: tuple[int, in
 # %% ../nbs/09d_vqa.ipynb #cd3faad0
 class Objectness:
     "How much each patch looks like some word: the largest cosine with a name or the sign in the encoder's joint space."
-    def __init__(self, encoder): self.project, self.words = encoder.model.image_proj, encoder.encode_text([*TRAINED, "sign"]).T
+    def __init__(self, encoder): self.project, self.words = encoder.model.image_proj, encoder.encode_text([*TRAINED, "sign"]).T.to(encoder.device)
 
     @torch.no_grad()
     def __call__(self, features: torch.Tensor) -> torch.Tensor:

@@ -180,22 +180,26 @@ def main():
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32      # varlen wants half precision
     assistant = load_vlm("arr/vlm-mlp", where)
     print(f"{where}, {dtype}; attention: {packed.attention_paths(where, dtype)}")
-    stages = by_stage(assistant, a.batches, a.rounds, dtype)
-    rows = packing("vlm-mlp", reader_of(assistant.model, dtype), a.pictures, 8, a.rounds, dtype)
+    about = dict(rounds=a.rounds, provenance=provenance(seed=0, command="python benchmarks/packed.py"))
+    paths, why = packed.attention_paths(where, dtype), packed.compiler(str(where))
+    found = dict(dtype=str(dtype).removeprefix("torch."), attention_paths=paths, compiler=why)
+
+    def keep_part(**part):
+        "Each part is stored when it is done: a later one may take longer than there is time."
+        found.update(part)
+        if not a.quick: write_json(a.out, found | about)
+
+    keep_part(stages=by_stage(assistant, a.batches, a.rounds, dtype))
+    speed = bandwidth(where, a.rounds)
+    print(f"a sum reads {speed / 1e9:.1f} GB/s")
+    keep_part(bandwidth_gb_s=round(speed / 1e9, 1), selection=selection(where, a.batches, a.k, a.rounds, speed))
+    keep_part(packed=packing("vlm-mlp", reader_of(assistant.model, dtype), a.pictures, 8, a.rounds, dtype))
     if not small and not a.quick:               # the shape of a language model that people use, with random weights
         c = smollm2()
         shape = {k: getattr(c, k) for k in ("embed_dim", "depth", "num_heads", "num_kv_heads", "mlp_dim", "rope_theta")}
         large = VLM(VLMConfig(words=assistant.model.cfg.words, decoder=shape)).to(where, dtype).eval().requires_grad_(False)
-        rows += packing("smollm2-135m", large, a.pictures, 8, a.rounds, dtype)
-    speed = bandwidth(where, a.rounds)
-    print(f"a sum reads {speed / 1e9:.1f} GB/s")
-    chosen = selection(where, a.batches, a.k, a.rounds, speed)
-    if a.quick: return
-    found = dict(dtype=str(dtype).removeprefix("torch."), attention_paths=packed.attention_paths(where, dtype),
-                 compiler=packed.compiler(str(where)), stages=stages, packed=rows,
-                 bandwidth_gb_s=round(speed / 1e9, 1), selection=chosen, rounds=a.rounds)
-    write_json(a.out, found | dict(provenance=provenance(seed=0, command="python benchmarks/packed.py")))
-    print("wrote", os.path.relpath(a.out))
+        keep_part(packed=found["packed"] + packing("smollm2-135m", large, a.pictures, 8, a.rounds, dtype))
+    if not a.quick: print("wrote", os.path.relpath(a.out))
 
 
 if __name__ == "__main__": main()

@@ -111,6 +111,7 @@ PHASES = (  # (density, models, methods, budgets)
     ("dense", (*ONE, *OTHERS, *BETTER), (SAME,), (64, 32)),
     ("sparse", BETTER, ("full", "random", "arr-2", "arr-2:fixed", "sieve", "cdpruner", "oracle"), (64, 32)),
     ("dense", BETTER, ("arr-2", "arr-2:fixed", "sieve", "cdpruner", "divprune", "arr-1 same mean"), (198,)),
+    ("dense", BETTER, PEERS, (64, 32, 16)),
 )
 
 
