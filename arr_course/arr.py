@@ -56,9 +56,10 @@ def arr_1(
     relevant: Score = mean_similarity,      # What matters for this question?
     weights: tuple[float, float, float] = (1., 1., 1.),
     share: float = 0.,                      # See `rule_budget`
+    high: int = 400,                        # The largest budget of a question
 ) -> Reducer:
     "ARR-1, the textbook form: a weighted sum of three scores, the highest k, and a budget by rule."
-    return Reducer("arr-1", weighted_sum([information, salience, relevant], weights), budget=rule_budget(share=share), uses_query=True)
+    return Reducer("arr-1", weighted_sum([information, salience, relevant], weights), budget=rule_budget(high=high, share=share), uses_query=True)
 
 # %% ../nbs/12b_arr.ipynb #0d7a11c2
 def outstanding(c: Context, eps: float = .02) -> torch.Tensor:

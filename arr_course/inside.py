@@ -51,7 +51,7 @@ def accounts(
     n: int,                # Visual tokens that enter
     cfg: DecoderConfig,
     questions: int = 1,    # About the same picture
-    width: int = 4,        # Bytes of a number
+    width: int = 2,        # Bytes of a number
 ) -> dict[str, float]:
     "The counts of a plan: tokens that enter, layer average, tokens at the end, and bytes of visual keys and values."
     at, first = tokens_at(plan, n, cfg.depth), min([cfg.depth, *(c.after for c in plan if c.keep < n)])

