@@ -127,8 +127,7 @@ def fine_tune(
     bf16: bool = False,       # Autocast to bf16
 ) -> list[float]:
     "Train what `prepare` left trainable, in place; the losses. The rate warms up over a tenth of the steps, then falls along a cosine."
-    g, losses, where = torch.Generator().manual_seed(seed), [], model.head.weight.device
-    x, y = x.to(where), y.to(where)
+    g, losses, (x, y) = torch.Generator().manual_seed(seed), [], (o.to(model.head.weight.device) for o in (x, y))
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr, weight_decay=0.01)
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps, pct_start=0.1, cycle_momentum=False)
     model.train()
@@ -146,5 +145,4 @@ def fine_tune(
 @torch.no_grad()
 def accuracy(model: Tuned, x, y, batch_size: int = 128):
     "One number an image: 1 where the class is right, else 0, as an array."
-    x, y = x.to(model.head.weight.device), y.to(model.head.weight.device)
-    return torch.cat([(model(o).argmax(-1) == t).float() for o, t in zip(x.split(batch_size), y.split(batch_size), strict=True)]).cpu().numpy()
+    return torch.cat([(model(o.to(model.head.weight.device)).argmax(-1).cpu() == t.cpu()).float() for o, t in zip(x.split(batch_size), y.split(batch_size), strict=True)]).numpy()

@@ -112,6 +112,7 @@ PHASES = (  # (density, models, methods, budgets)
     ("sparse", BETTER, ("full", "random", "arr-2", "arr-2:fixed", "sieve", "cdpruner", "oracle"), (64, 32)),
     ("dense", BETTER, ("arr-2", "arr-2:fixed", "sieve", "cdpruner", "divprune", "arr-1 same mean"), (198,)),
     ("dense", BETTER, PEERS, (64, 32, 16)),
+    ("dense", BETTER, (*CORE, "arr-2:fixed", SAME, "sieve", "vispruner", "tops", "trim", "arr-1 same mean"), (128,)),
 )
 
 
