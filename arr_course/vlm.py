@@ -120,6 +120,7 @@ def answer_ids(
     rows: list[int],           # Which picture each is about
     max_new: int = 24,         # Tokens of an answer, at most
     width: int = 1,            # Beams; 1: greedy
+    once: bool = False,        # No word twice in an answer
 ) -> torch.Tensor:
     "Answers `(q, t)`, filled up with `<eos>`."
     cache, seen = picture
@@ -134,8 +135,8 @@ def answer_ids(
     ids = (torch.arange(t, device=device) - (t - lengths[:, None])).clamp(min=0) + start[:, None]
     cache, h = prefill(model.decoder, model.decoder.embed(tokens), mask, ids, cache)
     seen, after = torch.cat([seen, filled], 1), start + lengths
-    if width == 1: return greedy(model.decoder, cache, h, seen, after, max_new, EOS)
-    return beam_search(model.decoder, cache, h, seen, after, width, max_new, EOS)[0]
+    if width == 1 and not once: return greedy(model.decoder, cache, h, seen, after, max_new, EOS)
+    return beam_search(model.decoder, cache, h, seen, after, width, max_new, EOS, once=once)[0]
 
 # %% ../nbs/09_vlm.ipynb #55fe4c5d
 def check_asked(prompts: list[list[int]], rows: list[int], b: int) -> None:
@@ -149,7 +150,7 @@ def answer(
     s: Selection | None,              # What it may see of b pictures; `None`: nothing
     questions: list[str],
     rows: list[int] | None = None,    # Which picture each question is about; default: one question a picture
-    **kwargs,                         # `max_new`, `width`: see `answer_ids`
+    **kwargs,                         # `max_new`, `width`, `once`: see `answer_ids`
 ) -> list[str]:
     "The model's answers, in words."
     if not questions: return []

@@ -32,7 +32,7 @@ from arr_course.reader import prior_of_types  # noqa: E402
 from arr_course.runs import newest, read_log  # noqa: E402
 from arr_course.tuning import BLOCKS, Stage, grounding_loss, lesson_loss, looks, run_stage, train_vlm  # noqa: E402
 from arr_course.vit import Features, ViTConfig  # noqa: E402
-from arr_course.vlm import VLM, Assistant, VLMConfig, answer, load_vlm  # noqa: E402
+from arr_course.vlm import VLM, Assistant, VLMConfig, answer, answer_ids, load_vlm, read_picture  # noqa: E402
 from arr_course.vqa import (  # noqa: E402
     FeatureStore,
     Lessons,
@@ -501,6 +501,19 @@ def test_budgets_are_spread_evenly_on_a_logarithmic_scale():
     assert all((d.diff(dim=1) > 0).all() for d in drawn), "sorted, none twice"
     seen = torch.cat([d[0] for d in drawn if not (d == best).all()]).bincount(minlength=576)
     assert (seen > 0).all(), "random subsets reach every patch"
+
+
+def test_an_answer_without_a_word_twice():
+    "Of models that know nothing, many repeat themselves; none does where it may not, with one draft or several."
+    from arr_course.vqa import EOS
+    torch.manual_seed(0)
+    model, repeats = VLM(VLMConfig(**SMALL)).eval(), lambda out: sum(len(set(w)) < len(w) for w in out)
+    s = keep_all(Features(torch.randn(8, 576, 24), (24, 24), None))
+    ids = [model.vocab.encode("Is there a cat?")] * 8
+    said = lambda **how: answer_ids(model, read_picture(model, s), ids, list(range(8)), max_new=6, **how).tolist()
+    words = lambda **how: [[w for w in o if w != EOS] for o in said(**how)]
+    assert repeats(words()) > 0 and repeats(words(once=True)) == repeats(words(width=3, once=True)) == 0
+    assert [w[0] for w in words(once=True)] == [w[0] for w in words()], "the first word of one draft is the likeliest, as before"
 
 
 # --- training -------------------------------------------------------------------------------------------------------
