@@ -38,15 +38,21 @@ def kind(said, truth):
 
 
 def count(model, stored):
-    "How many answers are right, and how many wrong in which way; from all patches."
+    "How many answers are right, and how many wrong in which way, from all patches; and how many the second way gains and loses."
     asked = [(k, q) for k in range(len(stored)) for q in ask(stored.scene(k), 0, ("describe",))]
-    found = {way: dict.fromkeys(("right", "one name twice", "wrong order", "another thing"), 0) for way in WAYS}
+    kinds = ("right", "one name twice", "wrong order", "another thing")
+    found = {way: dict.fromkeys(kinds, 0) for way in WAYS} | dict(gained=0, lost=0)
     for part in tqdm([asked[i:i + 16] for i in range(0, len(asked), 16)], stored.store.folder.name):
         patches = torch.stack([stored[k][0].float() for k, _ in part])
         seen, questions = keep_all(Features(patches, (24, 24))), [q.text for _, q in part]
-        for way, how in WAYS.items():
-            with torch.autocast("cpu", torch.bfloat16): said = answer(model, seen, questions, **how)
-            for o, (_, q) in zip(said, part, strict=True): found[way][kind(o, q.answer)] += 1
+        with torch.autocast("cpu", torch.bfloat16):
+            said = {way: answer(model, seen, questions, **how) for way, how in WAYS.items()}
+        for way in WAYS:
+            for o, (_, q) in zip(said[way], part, strict=True): found[way][kind(o, q.answer)] += 1
+        right = [[o == q.answer for o, (_, q) in zip(said[way], part, strict=True)] for way in ("greedy", "once")]
+        for before, after in zip(*right, strict=True):
+            found["gained"] += after > before
+            found["lost"] += before > after
     return found | dict(asked=len(asked))
 
 
