@@ -157,15 +157,16 @@ def metric_table(result: dict):
     return table
 
 # %% ../nbs/99_cli.ipynb #c1a5e001
-def measure(name, density, n, seed, parts, precision, progress) -> dict:
+def measure(name, density, n, seed, parts, precision, progress, beams=1, once=False) -> dict:
     "`evaluate` of an encoder, or `examine` of a VLM: the name's card says which it is."
     from arr_course.zoo import KINDS, read_card
     if not name.startswith("arr/") or KINDS.get(read_card(name)["architecture"]) != "vlm":
         from arr_course.evaluate import evaluate as of_encoder
+        if beams != 1 or once: raise ValueError(f"{name} is an encoder and gives no answers: --beams and --once are for VLMs")
         return of_encoder(name, density, n, seed, parts, precision, progress)
     from arr_course.vqa_evaluate import examine
     if parts: raise ValueError(f"{name} is a VLM: it is measured by its answers, and has no parts")
-    return examine(name, density, n, seed, precision=precision, progress=progress)
+    return examine(name, density, n, seed, precision=precision, progress=progress, width=beams, once=once)
 
 # %% ../nbs/99_cli.ipynb #c1a5e002
 @app.command()
@@ -176,6 +177,8 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="Which scenes: another seed, other scenes.")] = 0,
     parts: Annotated[str | None, typer.Option(help="Of an encoder, some of grounding,knn,dense; default: all that it can do.")] = None,
     precision: Annotated[str, typer.Option(help="`fp32`, `bf16`, or `auto`: bf16 where it is faster.")] = "auto",
+    beams: Annotated[int, typer.Option(min=1, help="Of a VLM, how many drafts of an answer it keeps; 1 is greedy.")] = 1,
+    once: Annotated[bool, typer.Option("--once", help="Of a VLM, no word twice in an answer.")] = False,
     json_file: Annotated[str | None, typer.Option("--json", metavar="PATH", help="Write the result here; `-` prints it instead of the table.")] = None,
 ):
     "Measure an encoder (where it sees what it is asked for, k-NN, segmentation) or a VLM (answers, controls) on fresh scenes; 95 % intervals."
@@ -183,7 +186,7 @@ def evaluate(
     from arr_course.hub import WeightsError
     asked, show_progress = None if parts is None else [p.strip() for p in parts.split(",")], sys.stderr.isatty()
     ready(json_file)
-    try: result = measure(name, density, n, seed, asked, precision, show_progress)
+    try: result = measure(name, density, n, seed, asked, precision, show_progress, beams, once)
     except (ValueError, LookupError, OSError, TypeError, MissingExtra, WeightsError) as e: fail(e)
     if json_file == "-": return typer.echo(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False))
     show(metric_table(result))

@@ -23,7 +23,7 @@ from .arr import ARR2, arr_1, arr_2
 from .arr import calibrated as arr_calibrated
 from .bench import clock
 from .core import atomic_path, cache_dir, sha256, write_json
-from .inside import fastv, pyramid, tome, tome_after
+from .inside import fastv, pyramid, sparsevlm, tome, tome_after
 from .peers import PEERS, Threshold, calibrated
 from .questions import TYPES, evidence_mask
 from .reducers import REDUCERS, downsample
@@ -169,7 +169,7 @@ def methods_of(
     "Methods by name."
     vit = lambda c, tokens: tome(encoder)(c.pixels, None, tokens)
     out = REDUCERS | PEERS | {r.name: r for r in (Reducer("oracle", score=oracle_score), tome_after, downsample(encoder), arr_1(), arr_2())}
-    out |= {"tome": vit, "fastv": Inside("fastv", fastv), "pyramiddrop": Inside("pyramiddrop", pyramid)}
+    out |= {"tome": vit, "fastv": Inside("fastv", fastv), "pyramiddrop": Inside("pyramiddrop", pyramid), "sparsevlm": Inside("sparsevlm", sparsevlm)}
     bases = None if names is None else {n.partition(":")[0] for n in names}
     if bases and (unknown := sorted(bases - set(out))): raise ValueError(f"no method {unknown[0]!r}: choose from {', '.join(sorted(out))}")
     out = {k: m for k, m in out.items() if bases is None or k in bases}

