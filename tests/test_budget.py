@@ -166,6 +166,19 @@ def test_easy_vqa_runs_and_goes_on(shapes, tmp_path, monkeypatch):
     assert json.loads(out.read_text(encoding="utf-8")) == found and out.with_suffix(".jsonl").read_text(encoding="utf-8") == lines
 
 
+def test_easy_vqa_seeds_are_those_of_the_single_runs():
+    "The table of three seeds holds each seed's own accuracies, their mean, and differences that are 0 beside itself."
+    read = lambda name: json.loads((LAB / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    rows = [read(f"easy_vqa{s}")["rows"] for s in ("", "-s1", "-s2")]
+    single = [{(r["method"], r["budget"]): r["accuracy"]["value"] for r in o} for o in rows]
+    table = read("easy_vqa-seeds")
+    assert len(table["rows"]) == len(single[0]) and len(set(table["begins"])) == 3
+    for r in table["rows"]:
+        assert r["seeds"] == [pytest.approx(o[r["method"], r["budget"]], abs=1e-4) for o in single]
+        assert r["accuracy"]["value"] == pytest.approx(sum(r["seeds"]) / 3, abs=1e-4)
+        assert r["method"] != "arr-2" or r["arr_2_minus_it"] == dict(value=0, low=0, high=0)
+
+
 def test_easy_vqa_answers_are_those_of_the_model(shapes):
     "Several questions behind one reading of a picture are answered as each would be alone, whatever the other pictures' lengths."
     vlm = load_vlm("arr/vlm-mlp", device="cpu").model

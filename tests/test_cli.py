@@ -36,6 +36,8 @@ def test_help_names_every_command():
     (["evaluate", "pkg/efficientnet-lite0", "--parts", "grounding"], "cannot be evaluated on 'grounding'"),
     (["evaluate", "pkg/efficientnet-lite0", "--density", "full"], "neither dense nor sparse"),
     (["evaluate", "arr/filip-ti", "--parts", ""], "cannot be evaluated on ''"),
+    (["evaluate", "arr/filip-ti", "--beams", "4"], "--beams and --once are for VLMs"),
+    (["evaluate", "arr/filip-ti", "--once"], "--beams and --once are for VLMs"),
     (["evaluate", "arr/filip-ti", "--json", "."], "--json . cannot be written: it is a folder"),
     (["budget", "--json", "."], "--json . cannot be written: it is a folder"),
     (["budget", "--methods", "arr-2:foo"], "variants are :fixed and :shuffled"),

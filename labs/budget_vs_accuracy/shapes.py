@@ -1,6 +1,8 @@
 """Budget against accuracy on easy-VQA, a set that we did not write: one shape on each picture, 64 x 64 pixels, enlarged.
 
     python labs/budget_vs_accuracy/shapes.py                        # trains, answers all of the test split
+    python labs/budget_vs_accuracy/shapes.py --seed 1               # begins as arr/vlm-mlp-s1, and so --seed 2
+    python labs/budget_vs_accuracy/shapes.py --seeds                # the three seeds together: easy_vqa-seeds.json
     python labs/budget_vs_accuracy/shapes.py --quick --out x.json   # a few steps and questions, to see that it runs
 
 The encoder stays as it is; its patches are computed once and kept (`--features FOLDER`). A VLM that begins as arr/vlm-mlp learns
@@ -25,7 +27,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from shapes import PUBLISHED, Shapes, prior, transfer  # noqa: E402
-from shapes_report import facts, report  # noqa: E402
+from shapes_report import facts, report, together  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
 from arr_course.arr import arr_1, arr_2, kind, outstanding  # noqa: E402
@@ -117,18 +119,19 @@ def loss(model, batch, low):
 
 
 def teach(train: Stored, a):
-    "arr/vlm-mlp with this set's words, trained; from a checkpoint where there is one. The model, and what is to be said of it."
+    "arr/vlm-mlp, or its seed, with this set's words, trained or from a checkpoint; and what is to be said of it."
     torch.manual_seed(a.seed)
-    begin = read_card("arr/vlm-mlp")["sha256"][:12]
+    name = "arr/vlm-mlp" + f"-s{a.seed}" * (a.seed > 0)
+    begin = read_card(name)["sha256"][:12]
     cfg = TrainConfig(steps=a.steps, batch_size=a.batch, lr=a.lr, warmup=min(50, a.steps), betas=(.9, .98), weight_decay=.05,
                       seed=a.seed, ema=.99, log_every=min(25, a.steps), save_every=100)
-    learner = Learner(transfer(train.vocab.words), lambda m, b: loss(m, b, a.low), train, cfg,
+    learner = Learner(transfer(train.vocab.words, name), lambda m, b: loss(m, b, a.low), train, cfg,
                       a.runs / f"easy-budget-{a.size}-{len(train)}-{begin}", collate=collate_lessons, shuffle=True)
     rows = learner.fit()
     model = learner.ema.model(learner.model).eval().requires_grad_(False)
     curve = [{k: round(r[k], 4) for k in ("step", "loss", "right")} for r in rows]
     facts = {k: getattr(a, k) for k in ("steps", "batch", "lr", "ask", "low", "seed")}
-    return model, facts | dict(begins="arr/vlm-mlp", pictures=len(train), seconds=round(learner.seconds, 1),
+    return model, facts | dict(begins=name, pictures=len(train), seconds=round(learner.seconds, 1),
                                precision=learner.precision, curve=curve)
 
 
@@ -282,15 +285,17 @@ def arguments():
     p.add_argument("--low", type=int, default=8, help="the fewest patches that training shows")
     p.add_argument("--size", type=int, default=168, help="pixels that a picture is enlarged to, a multiple of 14")
     p.add_argument("--lr", type=float, default=1e-3)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, choices=(0, 1, 2), help="of the training, and of the model it begins as")
+    p.add_argument("--seeds", action="store_true", help="nothing is run: the stored results of all seeds together")
     p.add_argument("--questions", type=int, help="the first so many of each split; default: all")
     p.add_argument("--features", type=Path, default=cache_dir("easy-vqa"), help="a folder for what the encoder saw")
     p.add_argument("--runs", type=Path, default=cache_dir("runs"), help="a folder for checkpoints")
     p.add_argument("--quick", action="store_true")
-    p.add_argument("--out", type=Path, default=HERE / "results" / "easy_vqa.json")
+    p.add_argument("--out", type=Path, help="default: results/easy_vqa.json, with another seed easy_vqa-s1.json or -s2")
     a = p.parse_args()
-    if a.quick and a.out == HERE / "results" / "easy_vqa.json":
+    if a.quick and not a.out:
         p.error("--quick needs --out FILE, so that the stored results stay as they are")
+    a.out = a.out or HERE / "results" / f"easy_vqa{f'-s{a.seed}' * (a.seed > 0)}.json"
     a.methods, a.budgets, a.held = METHODS, BUDGETS, HELD_OUT
     if a.quick: a.steps, a.batch, a.questions, a.held, a.budgets, a.methods = 2, 4, 100, 4, (36, 9), QUICK
     return a
@@ -298,6 +303,7 @@ def arguments():
 
 def main():
     a = arguments()
+    if a.seeds: return together(HERE / "results", Shapes("test", a.size, a.questions))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     encoder = load("arr/filip-ti", device="cpu")
     train, held, test = splits(encoder, a)

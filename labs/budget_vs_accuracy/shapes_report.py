@@ -1,5 +1,7 @@
 """The table and the picture of shapes.py: shares with intervals over pictures, paired differences, accuracy against tokens."""
+import json
 from itertools import cycle
+from pathlib import Path
 from types import SimpleNamespace
 
 import matplotlib
@@ -9,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 from arr_course.core import atomic_path, write_json  # noqa: E402
-from arr_course.harness import best_peer, headroom_of, right_of, tokens_of  # noqa: E402
+from arr_course.harness import best_peer, headroom_of, read_lines, right_of, tokens_of  # noqa: E402
 from arr_course.metrics import paired_bootstrap  # noqa: E402
 from arr_course.relevance import cue_words  # noqa: E402
 
@@ -80,3 +82,23 @@ def report(lines, asked, a, **more):
     write_json(a.out, out)
     picture(out, a.out.with_suffix(".png"))
     for r in out["rows"]: print(r["method"], r["budget"], r["mean_tokens"], r["accuracy"]["value"], r["diff_to_best_peer"])
+
+
+def together(folder: Path, data) -> None:
+    "easy_vqa-seeds.json: each method's right answers averaged over the three seeds, beside ARR-2's and those of all patches."
+    picture, seeds, begins = np.array([k for k, i in enumerate(data.ids) for _ in data.rows[i]]), [], []
+    for s in ("", "-s1", "-s2"):
+        begins.append(json.loads((folder / f"easy_vqa{s}.json").read_text(encoding="utf-8"))["trained"]["begins"])
+        found = [o for o in read_lines(folder / f"easy_vqa{s}.jsonl") if o["n"] == len(picture)]
+        seeds.append({(o["method"], o["budget"]): right_of(o) for o in found})
+    mean = {k: np.mean([o[k] for o in seeds], 0) for k in seeds[0] if all(k in o for o in seeds)}
+    full, rows = next(v for (m, _), v in mean.items() if m == "full"), []
+    for (m, b), right in mean.items():
+        alone = [round(float(o[m, b].mean()), 4) for o in seeds]
+        ours = mean.get(("arr-2", b))
+        gaps = dict(diff_to_full=difference(right, full, picture))
+        gaps |= dict(arr_2_minus_it=None if ours is None else difference(ours, right, picture))
+        rows.append(dict(method=m, budget=b, accuracy=facts(right, picture), seeds=alone) | gaps)
+    write_json(folder / "easy_vqa-seeds.json", dict(begins=begins, rows=rows))
+    for r in sorted(rows, key=lambda r: (-r["budget"], -r["accuracy"]["value"])):
+        print(r["method"], r["budget"], r["accuracy"]["value"], r["seeds"], r["arr_2_minus_it"])
