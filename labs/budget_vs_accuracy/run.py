@@ -115,12 +115,8 @@ PHASES = (  # (density, models, methods, budgets)
     ("dense", BETTER, (*CORE, "arr-2:fixed", SAME, "sieve", "vispruner", "tops", "trim", "arr-1 same mean"), (128,)),
     ("dense", (*ONE, *OTHERS), (*FIRST, *PEERS, "arr-1"), (198, 128)),
     ("sparse", ONE, (*FIRST, *PEERS, "arr-1"), (128,)),
-    ("dense", (*ONE, *OTHERS), (*FIRST, *PEERS, "arr-1"), (256,)),
-    ("sparse", ONE, (*FIRST, *PEERS, "arr-1"), (198, 64, 32, 16)),
-    ("dense", OTHERS, INSIDE, (256, 198)),
-    ("sparse", ONE, (*FIRST, *PEERS, "arr-1"), (256,)),
-    ("dense", (*ONE, *OTHERS), (*FIRST, *PEERS, "arr-1", *INSIDE), (400,)),
-    ("sparse", ONE, (*FIRST, *PEERS, "arr-1"), (400,)),
+    ("dense", OTHERS, ("sparsevlm",), (256, 198)),
+    ("dense", OTHERS, ("random", "pool", "fastervlm", "visionzip", "divprune", "scope", "cdpruner", "arr-2", "oracle"), (256,)),
 )
 
 
