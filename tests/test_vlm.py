@@ -302,7 +302,7 @@ def with_items(f, items): return replace(keep_all(f), stats=dict(items=items))
 def sits(monkeypatch, encoder, reply, n=36, **kwargs):
     "The figures of someone who answers `reply(question, scene)`, scene `None` where there is no picture; and who was asked what."
     log = []
-    def answers(model, seen, prompts, rows):
+    def answers(model, seen, prompts, rows, **decoding):
         items = log[-1] if seen is None else seen
         by_prompt = {tuple(model.vocab.encode(o.question.text)): o.question for o in items}
         out = [reply(by_prompt[tuple(p)], None if seen is None else items[r].scene) for p, r in zip(prompts, rows, strict=True)]
@@ -341,7 +341,7 @@ def test_whoever_does_not_look_never_gets_both(monkeypatch, encoder, n):
 def test_the_other_picture_is_of_another_pair(monkeypatch, encoder, n):
     "The control with a shuffled image shows neither the picture itself nor the other one of its pair."
     batches, seen, real = [], [], ve.sit
-    monkeypatch.setattr(ve, "sit", lambda a, f, items, *more: (batches.append(items), real(a, f, items, *more))[1])
+    monkeypatch.setattr(ve, "sit", lambda a, f, items, *more, **how: (batches.append(items), real(a, f, items, *more, **how))[1])
     sits(monkeypatch, encoder, lambda q, scene: (seen.append(scene), "no")[1], n)
     for items in batches:
         k = len(items)
