@@ -21,7 +21,7 @@ from .attention import attend
 from .connectors import Selection, grid_pos, keep_all
 from .decoder import DecoderConfig, KVCache, grouped_attention, rope_1d, rotate
 from .generate import greedy, pad_left
-from .recycle import recycle, returning
+from .clusters import cluster_means, returning
 from .relevance import Context
 from .select import Reducer
 from .vit import ParallelBlock
@@ -253,8 +253,8 @@ def cut_prefix(
     return tuple(x.gather(1, at if x.ndim == 2 else at[..., None].expand(-1, -1, x.shape[2])) for x in (seen, *parts))
 
 def shorten(cut: Cut, scores, *parts):
-    "What stays of `seen` and every part, and behind it what comes back."
-    return (torch.cat(o, 1) for o in zip(cut_prefix(scores, cut.keep, *parts), recycle(scores, cut.keep, cut.back, *parts), strict=True))
+    "By `scores (q, n)`: what stays of each part, as in `cut_prefix`, and behind it what comes back."
+    return (torch.cat(o, 1) for o in zip(cut_prefix(scores, cut.keep, *parts), cluster_means(scores, cut.keep, cut.back, *parts), strict=True))
 
 # %% ../nbs/13b_inside.ipynb #d0247580
 class Pruned(NamedTuple):

