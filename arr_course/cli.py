@@ -152,7 +152,8 @@ def world(
 def metric_table(result: dict):
     "A Rich table of what `evaluate` returns: a row for each metric."
     title = f"{result['model']} on fresh {result['density']} scenes of seed {result['seed']}, {result['precision']}"
-    title += f", {result['width']} drafts" * (result.get("width", 1) > 1) + ", no word twice" * result.get("once", False)
+    if (width := result.get("width", 1)) > 1: title += f", {width} drafts"               # of a VLM; an encoder has none
+    if result.get("once"): title += ", no word twice"
     table = need("rich.table", "app").Table("metric", *(need("rich.table", "app").Column(h, justify="right") for h in ("value", "95 % interval", "n")), title=title)
     for k, m in result["metrics"].items(): table.add_row(k, f"{m['value']:.3f}", f"{m['low']:.3f} to {m['high']:.3f}", str(m["n"]))
     return table
