@@ -268,7 +268,6 @@ def train(
         raise typer.Exit(launch(processes, args + ["--quick"] * quick))
     try: card = run(name, out, seed, quick, n, progress=sys.stderr.isatty())
     except (ValueError, LookupError, OSError, CheckpointError, WeightsError, MissingExtra) as e: fail(e)
-    if processes > 1: from accelerate import PartialState; PartialState().destroy_process_group()   # else its threads may abort at exit
     if card: typer.echo(f"wrote {card.with_suffix('.safetensors')} and {card.name}")
 
 # %% ../nbs/99_cli.ipynb #951ae244

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NO_DECAY', 'decay_groups', 'TrainConfig', 'check_train_config', 'lr_at', 'Average', 'mix', 'Batches', 'loader',
-           'Meter', 'LearnerSetup', 'LearnerStep', 'LearnerSave', 'LearnerLog', 'Learner', 'first_nonfinite']
+           'Meter', 'leave', 'LearnerSetup', 'LearnerStep', 'LearnerSave', 'LearnerLog', 'Learner', 'first_nonfinite']
 
 # %% ../nbs/03_learner.ipynb #ae5206b2
-import copy, json, math, time
+import atexit, copy, gc, json, math, os, time, weakref
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -151,6 +151,13 @@ class Meter:
         self.values = {k: list(reduce(torch.stack(v), "mean").unbind()) for k, v in self.values.items()}
         return {k: float(torch.stack(v).mean()) for k, v in self.values.items()}
 
+# %% ../nbs/03_learner.ipynb #b81c44f2
+def leave(learner: weakref.ref) -> None:
+    "At the exit of one of several processes: end the group and wait for its threads."
+    if (it := learner()) is not None: it.wrapped = None; it.acc.free_memory()
+    gc.collect()
+    need("accelerate", "models").PartialState().destroy_process_group()
+
 # %% ../nbs/03_learner.ipynb #ad091c11
 class LearnerSetup:
     "The first part of a `Learner`: model, data, optimiser and averaged weights, on the right device."
@@ -166,10 +173,12 @@ class LearnerSetup:
         groups=None,             # Parameter groups, by default `decay_groups`; `lr_scale` multiplies a group's learning rate
         find_unused=False,       # Many processes, and a loss that leaves some parameters without a gradient
     ):
-        acc = need("accelerate", "models")
+        acc, shared = need("accelerate", "models"), "WORLD_SIZE" in os.environ
+        if shared: from torch import _dynamo  # noqa: F401   # before there is a group: modules keep it in default arguments
         ddp = acc.DistributedDataParallelKwargs(find_unused_parameters=find_unused)
         on_cpu = device().type == "cpu"                                                  # said aloud, or each process trains alone
         self.acc = acc.Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[ddp])   # section 4's autocast is our own
+        if shared: atexit.register(leave, weakref.ref(self))
         self.cfg, self.loss_fn, self.after_step, self.out = cfg, loss_fn, after_step, Path(out) if out else None
         self.wrapped = self.acc.prepare_model(model)
         self.model = self.acc.unwrap_model(self.wrapped)
