@@ -22,7 +22,7 @@ from .bench import by_length, clock, taken
 from .connectors import Selection, keep_all
 from .core import provenance
 from .evaluate import precision_of
-from .inside import layer_average, pruned_answer
+from .pruning import layer_average, pruned_answer
 from .metrics import mcnemar, oracle_budget, paired_bootstrap
 from .papers import PIXELS, Inside, Paper, methods_of, read_part
 from .questions import TYPES

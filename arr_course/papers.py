@@ -23,12 +23,13 @@ from .arr import ARR2, arr_1, arr_2
 from .arr import calibrated as arr_calibrated
 from .bench import clock
 from .core import atomic_path, cache_dir, sha256, write_json
-from .inside import fastv, pyramid, sparsevlm, tome, tome_after
 from .peers import PEERS, Threshold, calibrated
+from .pruning import fastv, pyramid, sparsevlm
 from .questions import TYPES, evidence_mask
 from .reducers import REDUCERS, downsample
 from .relevance import Context, look, query
 from .select import Reducer
+from .tome import tome, tome_after
 from .vit import Features
 from .vqa_evaluate import BATCH, Exam, Item
 from .world import render

@@ -103,7 +103,8 @@ ORDER = ["core", "photos", "images", "concepts", "world", "questions", "pairs", 
          "vit_convert", "runs", "learner", "encoder", "hub", "gguf_llama", "joint", "zoo", "contrastive", "filip",
          "selfsup", "dino", "probes", "dense", "lora", "grounding", "evaluate", "connectors", "qformer",
          "abstractors", "vocab", "decoder", "generate", "vqa", "vlm", "tuning", "practice", "blip2", "flamingo", "metrics",
-         "reader", "vqa_evaluate", "relevance", "select", "arr", "staged", "clusters", "reducers", "peers", "inside", "bench",
+         "reader", "vqa_evaluate", "relevance", "select", "arr", "staged", "clusters", "reducers", "peers", "tome", "pruning",
+         "bench",
          "papers", "harness", "packed", "neighbours", "zero_shot", "embed", "label_free", "masks", "page", "report",
          "doctor", "cli"]
 
