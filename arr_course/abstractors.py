@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONNECTORS', 'pool_cells', 'cell_pos', 'ChannelNorm', 'RegBlock', 'check_width', 'square', 'CAbstractor',
-           'DeformableAttention', 'DeformableLayer', 'DAbstractor', 'connector']
+           'check_heads', 'DeformableAttention', 'DeformableLayer', 'DAbstractor', 'connector']
 
 # %% ../nbs/08b_abstractors.ipynb #32f79d80
 import inspect
@@ -87,11 +87,15 @@ class CAbstractor(nn.Module):
         return Visual(self.mlp(x) * mask, mask[..., 0] > 0, s.centre(cell_pos(self.cells, s.grid).to(x.device)).expand(len(x), -1, -1))
 
 # %% ../nbs/08b_abstractors.ipynb #90ba8860
+def check_heads(dim: int, num_heads: int) -> None:
+    "Raise a `ValueError` where a width cannot be split over so many heads."
+    if dim % num_heads: raise ValueError(f"a width of {dim} cannot be split over {num_heads} heads: {dim % num_heads} left over; change one of them")
+
 class DeformableAttention(nn.Module):
     "Queries `(b, m, dim)` read a picture `(b, dim, h, w)` at `points` places for each head (arXiv:2010.04159, eq. 2): `(b, m, dim)`."
     def __init__(self, dim, num_heads=8, points=4):
         super().__init__()
-        if dim % num_heads: raise ValueError(f"a width of {dim} cannot be split over {num_heads} heads: {dim % num_heads} left over; change one of them")
+        check_heads(dim, num_heads)
         self.num_heads, self.points = num_heads, points
         self.offsets, self.weights = nn.Linear(dim, num_heads * points * 2), nn.Linear(dim, num_heads * points)
         self.value, self.proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
@@ -120,6 +124,7 @@ class DeformableLayer(nn.Module):
     "Self-attention among queries, deformable attention to the picture, an MLP; a norm after each. `(b, m, dim)` to the same."
     def __init__(self, dim, num_heads=8, points=4, mlp_dim=None):
         super().__init__()
+        check_heads(dim, num_heads)
         self.self_attn = nn.MultiheadAttention(dim, num_heads, batch_first=True)
         self.attn, h = DeformableAttention(dim, num_heads, points), mlp_dim or dim
         self.mlp = nn.Sequential(nn.Linear(dim, h), nn.ReLU(), nn.Linear(h, dim))

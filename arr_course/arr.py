@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COUNTING', 'SPATIAL', 'weighted_sum', 'kind', 'floor', 'rule_budget', 'arr_1', 'outstanding', 'Weight', 'Opponents',
-           'alike', 'anchor_scores', 'peaks', 'recycle', 'ARR2', 'arr_2', 'calibrated', 'position']
+           'alike', 'anchor_scores', 'peaks', 'recycle', 'check_explore', 'ARR2', 'arr_2', 'calibrated', 'position']
 
 # %% ../nbs/12b_arr.ipynb #ba4bbd9d
 import re
@@ -153,6 +153,12 @@ def recycle(
     return replace(s, tokens=both(s.tokens, mean(c.patches)), lengths=s.lengths + m, index=both(s.index, a[real]),
                    pos=both(s.pos, mean(place)), size=both(s.size, size[real]))
 
+# %% ../nbs/12b_arr.ipynb #d0e1f203
+def check_explore(arr) -> None:
+    "Raise a `ValueError` where the opponents say another `explore` than the score was made with."
+    ours, its = arr.opponents.explore, getattr(arr.score, "explore", arr.opponents.explore)
+    if ours != its: raise ValueError(f"explore={ours}, but the score was made with {its}: make both with `arr_2(explore={ours})`")
+
 # %% ../nbs/12b_arr.ipynb #39c26c4e
 @dataclass(frozen=True)
 class ARR2(Reducer):
@@ -162,6 +168,7 @@ class ARR2(Reducer):
     power: float = 1.                     # Of the similarity
     high: int = 400
 
+    def __post_init__(self): check_explore(self)
     def threshold(self, tokens: float) -> float | None:
         "The threshold for this mean; None for a fixed budget."
         if tokens <= floor(tokens) or tokens > self.high: return None        # nothing to adapt
@@ -184,8 +191,7 @@ class ARR2(Reducer):
 
     def kept(self, c: Context, order: torch.Tensor, k: torch.Tensor) -> Selection:
         "With budgets `k (b,)`, the beginning of a greedy order, and anchors: the order serves every smaller budget too."
-        m = (k * self.opponents.compress).round().long()
-        s = keep(c.features, prefix(order, k - m))
+        s = keep(c.features, prefix(order, k - (m := (k * self.opponents.compress).round().long())))
         return recycle(c, s, m, alike(c)) if int(m.max()) else s
 
 # %% ../nbs/12b_arr.ipynb #f5178edc

@@ -131,7 +131,7 @@ def taken(s: Selection, rows: list[int]) -> Selection:
     "Some pictures of a selection, in this order."
     parts = [x.split(s.lengths.tolist()) for x in (s.tokens, s.index, s.pos, s.size)]
     tokens, index, pos, size = (torch.cat([p[r] for r in rows]) for p in parts)
-    return Selection(tokens, s.lengths[rows], index, pos, size, s.grid)
+    return Selection(tokens, s.lengths[rows], index, pos, size, s.grid, spans=s.spans)
 
 # %% ../nbs/14_bench.ipynb #9e3053b8
 def block_mask(lengths: torch.Tensor, causal: bool = False) -> torch.Tensor:

@@ -33,19 +33,21 @@ def show(table) -> None:
     need("rich.console", "app").Console(force_jupyter=False).print(table)
 
 def fail(message) -> None:
-    "Print one line to stderr and leave with exit code 2."
-    typer.echo(f"arr-course: {message}", err=True); raise typer.Exit(2)
+    "Print one line to stderr and leave with exit code 2: of a longer message the first, and where to see the rest."
+    first, *more = str(message).splitlines() or [type(message).__name__]
+    typer.echo(f"arr-course: {first}{' See `arr-course models`.' * bool(more)}", err=True); raise typer.Exit(2)
 
 # %% ../nbs/99_cli.ipynb #5ad3c1f0
-def ready(json_file: str | None) -> None:
-    "Leave before the work, and not after it, if a result could not be written there."
-    if json_file in (None, "-"): return
-    path = Path(json_file).absolute()
+def ready(path: str | Path | None, option: str = "--json", folder: bool = False) -> None:
+    "Leave before the work, and not after it, if a result could not be written there: a file, or into a `folder`."
+    if path in (None, "-"): return
+    whole = Path(path).absolute()
     try:
-        if path.is_dir(): raise IsADirectoryError(None, "it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as e: fail(f"--json {json_file} cannot be written: {e.strerror}")
+        if not folder and whole.is_dir(): raise IsADirectoryError(None, "it is a folder")
+        where = whole if folder else whole.parent
+        where.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=where).close()
+    except OSError as e: fail(f"{option} {path} cannot be written: {e.strerror}".replace("File exists", "there is a file of that name"))
 
 # %% ../nbs/99_cli.ipynb #0dfeee45
 @app.command()
@@ -59,25 +61,29 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON inst
     else: show(doctor_table(checks))
     if any(c.needed and not c.ok for c in checks): raise typer.Exit(1)
 
-# %% ../nbs/99_cli.ipynb #89b00346
+# %% ../nbs/99_cli.ipynb #d0e1f204
 @app.command()
 def photos(folder: Annotated[Path, typer.Argument(help="Where to put them; created if needed.")]):
     "Copy the real photographs that scikit-image and scikit-learn carry into FOLDER."
     from arr_course.photos import sample_photos
+    ready(folder, "FOLDER", folder=True)
     try: typer.echo(f"{len(sample_photos(folder))} photographs in {folder}")
-    except OSError as e: fail(f"{folder}: {e.strerror}")
+    except (OSError, MissingExtra) as e: fail(e)
 
+# %% ../nbs/99_cli.ipynb #89b00346
 @app.command()
 def models():
     "The models that can be loaded, and which of them are here already."
-    from arr_course.zoo import list_models
-    typer.echo(str(list_models()))
+    from arr_course.zoo import WeightsError, list_models
+    try: typer.echo(str(list_models()))
+    except WeightsError as e: fail(e)
 
 # %% ../nbs/99_cli.ipynb #a40b2fad
 def read_labels(labels: str | None, labels_file: Path | None) -> list[str]:
     "The labels typed with `--labels`, or one a line from a file (`#` starts a comment)."
     if (labels is None) == (labels_file is None): fail("say which labels, with --labels \"a dog, a cat\" or --labels-file FILE")
-    if labels_file: labels = [line.split("#")[0] for line in labels_file.read_text(encoding="utf-8").splitlines()]
+    try: labels = [line.split("#")[0] for line in labels_file.read_text(encoding="utf-8").splitlines()] if labels_file else labels
+    except UnicodeDecodeError: fail(f"--labels-file {labels_file} is not UTF-8 text")
     from arr_course.label_free import parse_labels
     return parse_labels(labels)
 
@@ -101,7 +107,7 @@ def toolkit(
     folder: Annotated[Path, typer.Argument(help="A folder of images; subfolders too.")],
     labels: Annotated[str | None, typer.Option(help="Labels, with commas between: \"a dog, a cat, a car\".")] = None,
     labels_file: Annotated[Path | None, typer.Option(help="A file with one label a line.", exists=True, dir_okay=False)] = None,
-    backbone: Annotated[str, typer.Option(help="`auto`, or a name that `arr-course models` lists.")] = "auto",
+    backbone: Annotated[str, typer.Option(help="`auto`, or an image encoder that `arr-course models` lists.")] = "auto",
     k: Annotated[int, typer.Option("--neighbours", "-k", min=1, help="Neighbours for each image.")] = 3,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the whole result here.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write one line an image here.")] = None,
@@ -111,8 +117,11 @@ def toolkit(
 ):
     "Embed a FOLDER of images, find neighbours, label them, and show where two models disagree."
     from arr_course import label_free, report
+    from arr_course.hub import WeightsError
+    for path, option in ((json_file, "--json"), (csv, "--csv"), (html, "--html")): ready(path, option)
+    ready(masks, "--masks", folder=True)
     try: result = label_free.run(folder, read_labels(labels, labels_file), backbone=backbone, k=k, cache=None if cache else False)
-    except (ValueError, LookupError, OSError, MissingExtra) as e: fail(e)
+    except (ValueError, LookupError, OSError, TypeError, MissingExtra, WeightsError) as e: fail(e)
     show(report.table(result))
     for write, path in ((report.save_json, json_file), (report.save_csv, csv)):
         if path: write(result, path); typer.echo(f"wrote {path}")
@@ -144,6 +153,7 @@ def world(
     split: Annotated[str, typer.Option(help="`train`, `val` or `test`.")] = "train",
 ):
     "Draw scenes of the world, with captions, questions and exact answers, into a folder."
+    ready(out, "--out", folder=True)
     try: paths = save_scenes(density, n, seed, split, out)
     except (ValueError, OSError, MissingExtra) as e: fail(e)
     typer.echo(f"{len(paths)} scenes in {out}")
@@ -225,9 +235,9 @@ def budget(
     from arr_course.harness import compare
     from arr_course.hub import WeightsError
     words = lambda s: tuple(dict.fromkeys(o.strip() for o in s.split(",") if o.strip()))
-    ready(json_file)
+    ready(json_file); ready(results, "--results")
     try:
-        if not all(o.isdigit() for o in words(budgets)): raise ValueError(f"--budgets {budgets}: whole numbers of tokens, with commas between")
+        if not all(o.isdecimal() for o in words(budgets)): raise ValueError(f"--budgets {budgets}: whole numbers of tokens, with commas between")
         numbers = tuple(map(int, words(budgets)))
         result = compare(model, density, questions, seed, numbers, words(methods), precision, results, progress=sys.stderr.isatty())
     except (ValueError, LookupError, OSError, TypeError, MissingExtra, WeightsError) as e: fail(e)
@@ -248,7 +258,7 @@ def launch(processes: int, args: list[str]) -> int:
 @app.command()
 def train(
     name: Annotated[str, typer.Argument(help="`filip-ti`, `dino-ti`, `vlm-mlp`, or another recipe.")],
-    out: Annotated[Path | None, typer.Option(help="Checkpoints, log, weights and model card; by default runs/NAME.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Checkpoints, log, weights and model card; by default runs/NAME, with -sSEED behind it.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="How many share the work; on CPUs, as many as there are cores.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Of the first weights.")] = 0,
     n: Annotated[int, typer.Option(min=4, help="Scenes or questions to evaluate on at the end.")] = 2000,
@@ -262,7 +272,9 @@ def train(
     if name not in (*RECIPES, *SHIPPED): fail(f"no recipe {name!r}: choose one of {', '.join((*RECIPES, *SHIPPED))}")
     if name in RECIPES: from arr_course.evaluate import train as run
     else: from arr_course.vqa_evaluate import train_shipped as run
-    out = out or Path("runs") / name
+    if name in SHIPPED and n % 2: fail(f"--n {n}: questions come in pairs, so ask for an even number")
+    out = out or Path("runs") / (name + f"-s{seed}" * bool(seed))
+    ready(out, "--out", folder=True)
     if processes > 1 and "WORLD_SIZE" not in os.environ:
         args = ["train", name, "--out", str(out), "--processes", str(processes), "--seed", str(seed), "--n", str(n)]
         raise typer.Exit(launch(processes, args + ["--quick"] * quick))

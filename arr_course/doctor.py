@@ -32,7 +32,9 @@ class Check:
 # %% ../nbs/98_doctor.ipynb #9bf1a8d4
 def check_base() -> list[Check]:
     "Python, torch, the device, the profile and the speed of bf16."
-    d, ratio = device(), bf16_speedup()
+    d, ratio, ours = device(), bf16_speedup(), None
+    try: ours = profile()
+    except ValueError as e: wrong = str(e)
     name = torch.cuda.get_device_name() if d.type == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     bf16 = f"{ratio:.1f}x the speed of fp32" + ("" if ratio > 1.1 else "; stay with fp32 here")
     v = tuple(int(o) for o in re.findall(r"\d+", torch.__version__)[:2])
@@ -40,7 +42,7 @@ def check_base() -> list[Check]:
         Check("Python", sys.version_info >= (3, 11), platform.python_version(), "install Python 3.11 or newer", True),
         Check("torch", v >= (2, 11), torch.__version__, "pip install -U torch", True),
         Check("device", True, f"{d.type} ({name})"),
-        Check("profile", True, f"{profile()} (set ARR_PROFILE to ci, cpu or gpu)"),
+        Check("profile", True, f"{ours} (set ARR_PROFILE to ci, cpu or gpu)") if ours else Check("profile", False, wrong, "unset ARR_PROFILE", True),
         Check("bf16", True, bf16),
     ]
 

@@ -7,6 +7,7 @@ __all__ = ['INDEX', 'GROUPS', 'CONFIG', 'STAGES', 'targets', 'Scenes', 'word_tex
 
 # %% ../nbs/05a_filip.ipynb #bfe87263
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,7 @@ def train(
     torch.manual_seed(seed)
     texts, model = word_texts(load_text("pkg/minilm", device="cpu").encode), Joint(cfg)
     for i, (name, (densities, tc)) in enumerate(stages.items()):
-        learner = Learner(model, lambda m, b: filip_loss(m, b, texts), Scenes(densities, first=(1 + i) * 10 ** 8), tc, Path(out) / name)
+        learner = Learner(model, lambda m, b: filip_loss(m, b, texts), Scenes(densities, first=(1 + i) * 10 ** 8), replace(tc, seed=tc.seed + seed), Path(out) / name)
         learner.fit()
         model = learner.ema.model(learner.model) if learner.ema else learner.model
     return model

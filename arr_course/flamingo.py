@@ -161,7 +161,7 @@ def answer(
     if not questions: return []
     rows = list(range(len(questions if s is None else s.lengths))) if rows is None else rows
     prompts = [model.vocab.encode(q) for q in questions]
-    check_asked(prompts, rows, max(rows) + 1 if s is None else len(s.lengths))
+    check_asked(prompts, rows, max(rows, default=-1) + 1 if s is None else len(s.lengths))
     out = answer_ids(model, None if s is None else rows_of(s, rows), prompts, **kwargs)
     return [model.vocab.decode(o) for o in out]
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'NO_PEER', 'vlm_answers', 'inside_answers', 'answers', 'read_lines', 'write_line', 'spied', 'given', 'agrees',
            'Runner', 'variant', 'measure', 'jobs', 'check_jobs', 'fits', 'run', 'facts', 'right_of', 'tokens_of',
-           'accuracy_of', 'difference', 'best_peer', 'row', 'table', 'headroom_of', 'compare']
+           'accuracy_of', 'difference', 'best_peer', 'row', 'table', 'headroom_of', 'asked_models', 'compare']
 
 # %% ../nbs/14b_harness.ipynb #8acbe503
 import json, math
@@ -195,6 +195,7 @@ def jobs(names: list[str], budgets: list[int], n: int) -> list[list[tuple[str, i
 def check_jobs(names: list[str], budgets: list[int], n: int) -> None:
     "Raise a `ValueError` for a variant that there is not, or a budget that leaves nothing to choose of n patches."
     if odd := [x for x in names if x.partition(":")[2] not in ("", "fixed", "shuffled")]: raise ValueError(f"{odd[0]}: the variants are :fixed and :shuffled")
+    if odd := [x for x in names if x.startswith("full:")]: raise ValueError(f"{odd[0]}: `full` keeps every patch and has no variants")
     if (big := [b for b in budgets if b >= n]) and set(names) - {"full"}: raise ValueError(f"a budget of {big[0]} tokens, and a picture has {n}: ask for fewer, or for `full` alone")
 
 def fits(self: Runner, name: str, budget: int, model: str) -> bool:
@@ -291,6 +292,14 @@ def headroom_of(runner: Runner, method: str, model: str) -> dict:
     late = np.where(lasting.any(1), lasting.argmax(1), 0)
     return {k: v for k, v in found.items() if k != "chosen"} | dict(budgets=budgets, chosen=np.bincount(found["chosen"], minlength=len(budgets)).tolist(), lasting=float(lasting[np.arange(len(late)), late].mean()), lasting_tokens=float(np.array(budgets)[late].mean()))
 
+# %% ../nbs/14b_harness.ipynb #d0e1f205
+def asked_models(names: str) -> list[str]:
+    "VLMs and `reader`, with commas between; a `ValueError` for what is neither."
+    models = [m.strip() for m in names.split(",") if m.strip()]
+    if wrong := [m for m in models if m != "reader" and not (m.startswith("arr/") and read_card(m)["architecture"] == "VLM")]:
+        raise ValueError(f"{wrong[0]} is not a VLM of the course; `reader` is the symbolic reader")
+    return models
+
 # %% ../nbs/14b_harness.ipynb #e30e9790
 def compare(
     model: str = "arr/vlm-mlp",        # Names with commas between; `reader` is the symbolic reader
@@ -307,8 +316,8 @@ def compare(
     "Methods at budgets on fresh questions: `rows`, as `table` makes them, and what they rest on."
     if bad := [b for b in budgets if b < 1]: raise ValueError(f"a budget of {bad[0]} tokens: ask for at least one")
     if not budgets or not methods: raise ValueError("say at least one budget and one method")
-    models, exam = [m.strip() for m in model.split(",")], Exam(density, n, seed)
-    if wrong := [m for m in models if m != "reader" and read_card(m)["architecture"] != "VLM"]: raise ValueError(f"{wrong[0]} is not a VLM; `reader` is the symbolic reader")
+    models, exam = asked_models(model), Exam(density, n, seed)
+    if path: read_lines(path)                                             # a wrong path is noticed now, not after the pictures
     vlms = [load_vlm(m) for m in models if m != "reader"]
     encoder = vlms[0].encoder if vlms else load("arr/filip-ti")
     check_jobs(methods, budgets, math.prod(encoder._probe.grid))

@@ -141,7 +141,7 @@ def hub_online(timeout: float = 3.0) -> bool:
     if hf.HF_HUB_OFFLINE: return False
     try: urllib.request.urlopen(urllib.request.Request(hf.ENDPOINT, method="HEAD"), timeout=timeout).close()
     except urllib.error.HTTPError: return True   # an answer, if not a kind one
-    except OSError: return False
+    except (OSError, ValueError): return False   # ValueError: the endpoint is no address
     return True
 
 # %% ../nbs/04c_hub.ipynb #bc15bb9d

@@ -27,7 +27,7 @@ from .peers import PEERS, Threshold, calibrated
 from .pruning import fastv, pyramid, sparsevlm
 from .questions import TYPES, evidence_mask
 from .reducers import REDUCERS, downsample
-from .relevance import Context, look, query
+from .relevance import Context, look, query, row_index
 from .select import Reducer
 from .tome import tome, tome_after
 from .vit import Features
@@ -43,7 +43,7 @@ class Sight(Context):
 
     def rows(self, index) -> "Sight":
         "The same for some of the pictures."
-        return replace(super().rows(index), evidence=None if self.evidence is None else self.evidence[index])
+        return replace(super().rows(index), evidence=None if self.evidence is None else self.evidence[row_index(index)])
 
 # %% ../nbs/14a_papers.ipynb #fd7b46a2
 class Paper:

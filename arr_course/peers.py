@@ -223,6 +223,7 @@ def calibrated(
     if not isinstance(rule, Threshold): raise ValueError(f"{reducer.name} has no threshold to set; for ARR-2 see `arr.calibrated`")
     levels = torch.cat([rule.levels(c, None if reducer.score is None else reducer.score(c)).flatten() for c in contexts])
     levels, b = levels[levels.isfinite()].sort(descending=True).values, sum(map(len, contexts))
+    if not len(levels): raise ValueError(f"{reducer.name}: these pictures and questions give no level to set a threshold at")
     table = tuple((float(t), float(levels[min(len(levels), round(t * b)) - 1])) for t in sorted(set(budgets)))
     return replace(reducer, budget=replace(rule, table=table))
 

@@ -185,7 +185,7 @@ def answered(x) -> Visual:
 
 # %% ../nbs/08a_qformer.ipynb #e6c04617
 class QFormerConnector(nn.Module):
-    "`num_queries` visual embeddings `(b, q, out_dim)` for any selection: a Q-Former that reads placed patches."
+    "`num_queries` visual embeddings `(b, q, out_dim)` for a selection that leaves each picture a patch: a Q-Former that reads placed patches."
     def __init__(
         self,
         in_dim: int,               # Width of the encoder's tokens
@@ -248,7 +248,7 @@ class Resampler(nn.Module):
 
 # %% ../nbs/08a_qformer.ipynb #c4f33c74
 class ResamplerConnector(nn.Module):
-    "`num_queries` visual embeddings `(b, q, out_dim)` for any selection: placed patches at the resampler's width, resampled."
+    "`num_queries` visual embeddings `(b, q, out_dim)` for a selection that leaves each picture a patch: placed patches at the resampler's width, resampled."
     def __init__(
         self,
         in_dim: int,               # Width of the encoder's tokens

@@ -117,7 +117,7 @@ def max_min(
     dist: torch.Tensor,   # (b, n, n), symmetric
     k: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "Farthest first: each next patch is the one farthest from all that are chosen. `order (b, k)`, `distances (b, k)`, falling."
+    "Farthest first: each next patch is the one farthest from all that are chosen. `order (b, k)`; `distances (b, k)`, of the first to its nearest neighbour, of the others to those before, falling."
     b, n, _ = dist.shape
     rows, eye = torch.arange(b, device=dist.device), torch.eye(n, dtype=torch.bool, device=dist.device)
     near, out = dist.masked_fill(eye, torch.inf).amin(2), []                  # (b, n): first, to the nearest neighbour
@@ -166,7 +166,7 @@ def calibrate(
     high: int = 400,
     steps: int = 40,
 ) -> float:
-    "The one threshold whose mean budget over these pictures is nearest to `tokens`, by bisection on its logarithm."
+    "The smallest threshold whose mean budget over these pictures is at most `tokens`, by bisection on its logarithm."
     high = min(high, gains.shape[1])
     if not low <= tokens <= high: raise ValueError(f"a mean of {tokens} tokens is not within [{low}, {high}]")
     a, b = -20., 0.                                    # tau = exp: from every token to almost none

@@ -209,6 +209,8 @@ def train_head(
 def price_for(risks: torch.Tensor, budgets: tuple[int, ...], tokens: float, steps: int = 40) -> float:
     "The price at which m questions with these risks `(m, budgets)` take about `tokens` on average, by bisection on its logarithm."
     low, high, k = 1e-9, 1., torch.tensor(budgets).double()
+    most = float(k[priced(risks.double(), budgets, 0.)].mean())
+    if not min(budgets) <= tokens <= most: raise ValueError(f"no price makes these questions take {tokens} tokens: from {min(budgets)} to {most:.1f}, where tokens cost nothing")
     for _ in range(steps):
         price = (low * high) ** .5
         if k[priced(risks.double(), budgets, price)].mean() > tokens: low = price
@@ -223,6 +225,7 @@ class PricedBudget:
     price: float | dict
 
     def __call__(self, c: Context, scores, tokens: float) -> torch.Tensor:
+        if isinstance(self.price, dict) and tokens not in self.price: raise ValueError(f"no price for a mean of {tokens} tokens, only for {sorted(self.price)}: see `price_for`")
         price = self.price[tokens] if isinstance(self.price, dict) else self.price
         r = self.head(self.head.reads(c, self.weight(c))).sigmoid()
         return torch.tensor(self.head.budgets)[priced(r, self.head.budgets, price).cpu()]

@@ -31,6 +31,7 @@ def start_words(model: VLM, encoder, noise: float = .3) -> None:
     table.normal_(std=table.shape[1] ** -.5)
     words = [w for w in model.vocab.words if w in seen]
     vectors = encoder.encode_text([seen[w] for w in words]).to(table)                      # (w, e), unit length
+    if table.shape[1] < vectors.shape[1]: raise ValueError(f"embed_dim={table.shape[1]} is narrower than the encoder's joint space of {vectors.shape[1]}")
     rows = torch.tensor([model.vocab.index[w] for w in words], device=table.device)
     table[rows] = F.pad(vectors, (0, table.shape[1] - vectors.shape[1])) + noise * table[rows]
 
@@ -57,6 +58,7 @@ def start_alike(model: VLM, scale: float = 1.) -> None:
 @torch.no_grad()
 def start_places(model: VLM, own: int, length: float = 1.5) -> None:
     "Row and column vectors of this length: slow waves in the last `own` channels, half of them for rows and half for columns."
+    if own < 4 or own % 4: raise ValueError(f"places need channels of their own, a multiple of 4, and {own} are left: change embed_dim, or pass places=0")
     for table, first in ((model.places.rows, 0), (model.places.cols, own // 2)):
         at = (torch.arange(len(table)) + .5) / len(table)
         angle = math.pi * at[:, None] * torch.arange(1, own // 4 + 1)                       # (g, own / 4)
@@ -136,6 +138,7 @@ def lesson_loss(model, batch: dict, stage: Stage, objectness, grid: tuple[int, i
 def looks(weights: dict, batch: dict, index: torch.Tensor) -> dict[str, torch.Tensor]:
     "The attention masses that are taught. `weights`: block -> [`(b, heads, m + t, m + t)`], the m being `<bos>` and the patches `index (b, k)`."
     rows, t, k = batch["rows"], batch["segments"].shape[1], index.shape[1]
+    if not all(weights.values()): raise ValueError(f"blocks {tuple(weights)} are taught where to look, and this decoder has fewer: give it three, or set ground=0")
     got = weights[BLOCKS["word"]][0].shape[-1] - 1 - t
     if got != k: raise ValueError(f"grounding needs one visual token for each patch, but {k} patches became {got} tokens: set ground=0")
     text = {name: weights[block][0][:, :, -t:] for name, block in BLOCKS.items()}         # what text attends to

@@ -26,7 +26,7 @@ from .zoo import ModelNotFound, WeightsError, load, read_card, verify
 @dataclass(frozen=True, kw_only=True)
 class VLMConfig:
     "A connector in front of a decoder, and how the visual tokens enter."
-    words: tuple[str, ...]                       # The vocabulary, `<pad>`, `<bos>`, `<eos>` first
+    words: tuple[str, ...]                       # The vocabulary; `vocab.SPECIAL` first: `<pad>`, `<bos>`, `<eos>`, `<image>`
     encoder: str = "arr/filip-ti"                # Whose features it reads
     in_dim: int = 192                            # Their width
     connector: str = "mlp"                       # One of `arr_course.abstractors.CONNECTORS`
@@ -155,7 +155,7 @@ def answer(
     "The model's answers, in words."
     if not questions: return []
     rows = list(range(len(questions if s is None else s.lengths))) if rows is None else rows
-    b, prompts = max(rows) + 1 if s is None else len(s.lengths), [model.vocab.encode(q) for q in questions]
+    b, prompts = max(rows, default=-1) + 1 if s is None else len(s.lengths), [model.vocab.encode(q) for q in questions]
     check_asked(prompts, rows, b)
     out = answer_ids(model, read_picture(model, s, b), prompts, rows, **kwargs)
     return [model.vocab.decode(o) for o in out]

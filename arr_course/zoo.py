@@ -157,12 +157,16 @@ def _stored(model, dtype):
     return state
 
 # %% ../nbs/04_zoo.ipynb #2afa7bef
+def _card(path):
+    try: return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e: raise WeightsError(f"{path} is damaged ({e}): copy it again, or remove it and its .safetensors") from e
+
 def read_card(name: str) -> dict:
     "The model card of `arr/name`."
     files = [d / f"{name.removeprefix('arr/')}.json" for d in weights_dirs()]
     path = next((f for f in files if f.is_file()), None)
     if path is None: raise ModelNotFound(_cannot(name, "the course ships no model of this name"))
-    return {**json.loads(path.read_text(encoding="utf-8")), "path": path}
+    return {**_card(path), "path": path}
 
 def _built(card):
     "The model that a card describes, without its weights: a `ViT` or a `Joint`."
@@ -244,7 +248,7 @@ def list_models(online: bool | None = None) -> ModelList:
     info = lambda k, p: ModelInfo(k, p.kind, "package", bool(found[k]), size(found[k]), p.licence, p.note)
     out = ModelList(info(k, p) for k, p in PACKAGED.items())
     for f in shipped_files():
-        card = json.loads(f.with_suffix(".json").read_text(encoding="utf-8"))
+        card = _card(f.with_suffix(".json"))
         out.append(ModelInfo(card["name"], KINDS.get(card["architecture"], "image"), "shipped", True, size(f), card["licence"], card["recipe"]))
     if importlib.util.find_spec("huggingface_hub") is None: return out
     online = hub_online() if online is None else online

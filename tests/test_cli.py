@@ -44,11 +44,35 @@ def test_help_names_every_command():
     (["budget", "--budgets", "600"], "a picture has 576"),
     (["budget", "--results", "answers.json"], "kept in a .jsonl file"),
     (["train", "clip-b"], "no recipe 'clip-b'"),
+    (["train", "vlm-mlp", "--n", "7", "--processes", "2"], "--n 7: questions come in pairs"),
+    (["train", "vlm-mlp", "--out", "there"], "--out there cannot be written: there is a file of that name"),
+    (["budget", "--results", "there/r.jsonl"], "--results there/r.jsonl cannot be written"),
+    (["budget", "--model", "pkg/minilm"], "pkg/minilm is not a VLM"),
+    (["budget", "--methods", "full:fixed"], "full:fixed: `full` keeps every patch"),
+    (["budget", "--budgets", "²"], "whole numbers of tokens"),
+    (["toolkit", ".", "--labels", "a cat", "--csv", "there/x.csv"], "--csv there/x.csv cannot be written"),
+    (["toolkit", ".", "--labels", "a cat", "--masks", "there"], "--masks there cannot be written"),
+    (["toolkit", ".", "--labels", "a cat", "--backbone", "pkg/minilm"], "pkg/minilm"),
+    (["toolkit", ".", "--labels-file", "latin"], "--labels-file latin is not UTF-8 text"),
+    (["world", "--out", "there"], "--out there cannot be written: there is a file of that name"),
+    (["photos", "there"], "FOLDER there cannot be written: there is a file of that name"),
 ])
 def test_mistakes_get_one_line(args, says, tmp_path):
+    (tmp_path / "there").write_text("a file")
+    (tmp_path / "latin").write_bytes("Käse".encode("latin-1"))
     r = arr(*args, cwd=tmp_path)
     assert r.returncode == 2
     assert says in r.stderr and "Traceback" not in r.stderr
+    if args[0] != "evaluate": assert len(r.stderr.strip().splitlines()) == 1
+
+
+def test_a_damaged_card_and_a_wrong_profile_are_named(tmp_path):
+    for suffix in (".safetensors", ".json"): (tmp_path / f"mine{suffix}").write_text("{")
+    r = arr("models", env={**os.environ, "ARR_WEIGHTS": str(tmp_path)})
+    assert r.returncode == 2 and f"{tmp_path / 'mine.json'} is damaged" in r.stderr and "Traceback" not in r.stderr
+    r = arr("doctor", "--json", env={**os.environ, "ARR_PROFILE": "foo"})
+    found = {c["name"]: c for c in json.loads(r.stdout)}
+    assert r.returncode == 1 and not found["profile"]["ok"] and "'foo' is not a profile" in str(found["profile"])
 
 
 def test_without_the_app_extra_it_names_it():

@@ -94,12 +94,14 @@ def main():
     p.add_argument("--out", type=Path, default=HERE / "results" / "connectors.json")
     a = p.parse_args()
     if a.quick: a.steps, a.scenes, a.n = 2, 8, 36
+    names = [o.strip() for o in a.only.split(",")] if a.only else list(CONNECTORS)
+    if wrong := [o for o in names if o not in CONNECTORS]: p.error(f"no {wrong[0]!r}: choose from {', '.join(CONNECTORS)}")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     encoder = load("arr/filip-ti")
     stores = [FeatureStore(encoder, d, a.scenes, folder=a.features, shard=min(256, a.scenes)).fill() for d in ("dense", "sparse")]
     stored = [StoredScenes(s) for s in stores]
     papers = {d: exam_patches(encoder, Exam(d, a.n, 7), a.features) for d in ("dense", "sparse")}
-    for name in a.only.split(",") if a.only else CONNECTORS:
+    for name in names:
         out = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else dict(runs={})
         if name in out["runs"]: continue
         found = run(name, encoder, stored, papers, a)

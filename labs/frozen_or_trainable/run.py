@@ -245,7 +245,7 @@ def main():
     p.add_argument("--out", type=Path, default=HERE / "results" / "frozen_or_trainable.json")
     a = p.parse_args()
     if a.quick: a.steps, a.captions, a.pairs, a.batch, a.scenes, a.n = 3, 1, 1, 2, 8, 8
-    names = a.only.split(",") if a.only else list(RUNS)
+    names = [o.strip() for o in a.only.split(",")] if a.only else list(RUNS)
     if wrong := [o for o in names if o not in RUNS]: p.error(f"no run {wrong[0]!r}: choose from {', '.join(RUNS)}")
     names = [o for o in names if o not in stored_runs(a.out)["runs"]]
     if len(names) > 1 and not a.quick:

@@ -172,12 +172,14 @@ def main():
     p.add_argument("--out", type=Path, default=HERE / "results" / "easy_vqa.json")
     a = p.parse_args()
     if a.quick: a.steps, a.batch, a.questions = 2, 4, 200
+    names = [o.strip() for o in a.only.split(",")] if a.only else list(RUNS)
+    if wrong := [o for o in names if o not in RUNS]: p.error(f"no run {wrong[0]!r}: choose from {', '.join(RUNS)}")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     encoder = load("arr/filip-ti")
     train = Shapes("train", a.size, a.questions, turn=True, ask=a.ask)
     test = Shapes("test", a.size, a.questions, train.vocab)
     if a.steps: a.epochs = a.steps * a.batch / len(train)
-    for name in a.only.split(",") if a.only else RUNS:
+    for name in names:
         out = json.loads(a.out.read_text(encoding="utf-8")) if a.out.exists() else dict(runs={})
         if name in out["runs"]: continue
         found = run(name, encoder, train, test, a)

