@@ -2,6 +2,7 @@
 
     python labs/budget_vs_accuracy/run.py                       # two processes; goes on where it was stopped
     python labs/budget_vs_accuracy/run.py --quick --out FOLDER  # a minute, to see that it runs
+    python labs/budget_vs_accuracy/run.py --more                # and the rest of the grid, two and a half hours more
     python labs/budget_vs_accuracy/run.py --only report         # tables, plots and report from what is there
 
 Results: answers.jsonl (right or wrong for each question), validation.jsonl and tuned.json (settings that were tried on
@@ -91,6 +92,8 @@ ONE, OTHERS = ("arr/vlm-mlp", "reader"), ("arr/vlm-mlp-s1", "arr/vlm-mlp-s2")
 BETTER = tuple(f"arr/vlm-mlp-practice{s}" for s in ("", "-s1", "-s2"))  # another recipe: does the order of the methods last?
 QUERIES = tuple(f"arr/vlm-{kind}-{n}" for kind in ("qformer", "resampler") for n in (64, 32))  # make few tokens by themselves
 TUNED = tuple(f"{n}+tuned" for n in GRID)
+STRONG = ("uniform", "pool", "fastervlm", "visionzip", "divprune", "scope", "cdpruner", "mmtok", "sieve", "tops", "trim", "arr-1")
+EVERY = (*FIRST, *PEERS, "arr-1")
 PHASES = (  # (density, models, methods, budgets)
     ("dense", ONE, FIRST, SOME),
     ("dense", ONE, (*PEERS, "arr-1"), SOME),
@@ -113,10 +116,21 @@ PHASES = (  # (density, models, methods, budgets)
     ("dense", BETTER, ("arr-2", "arr-2:fixed", "sieve", "cdpruner", "divprune", "arr-1 same mean"), (198,)),
     ("dense", BETTER, PEERS, (64, 32, 16)),
     ("dense", BETTER, (*CORE, "arr-2:fixed", SAME, "sieve", "vispruner", "tops", "trim", "arr-1 same mean"), (128,)),
-    ("dense", (*ONE, *OTHERS), (*FIRST, *PEERS, "arr-1"), (198, 128)),
-    ("sparse", ONE, (*FIRST, *PEERS, "arr-1"), (128,)),
+    ("dense", (*ONE, *OTHERS), EVERY, (198, 128)),
+    ("sparse", ONE, EVERY, (128,)),
     ("dense", OTHERS, ("sparsevlm",), (256, 198)),
     ("dense", OTHERS, (*FIRST[1:4], "oracle", "dart", "pool", "fastervlm", "visionzip", "divprune", "scope", "cdpruner"), (256,)),
+)
+
+MORE = (  # with --more: many tokens, where there is little to choose and each row takes longest
+    ("dense", OTHERS, EVERY, (256,)),
+    ("sparse", ONE, EVERY, (256,)),
+    ("sparse", ONE, (*FIRST, *STRONG), (400,)),
+    ("dense", ("reader", *OTHERS), (*FIRST, *STRONG), (400,)),
+    ("dense", ONE[1:], EVERY, (256,)),
+    ("sparse", ONE, EVERY, (16, 198)),
+    ("dense", ("reader", *OTHERS), EVERY, (400,)),
+    ("sparse", ONE, EVERY, (400,)),
 )
 
 
@@ -189,7 +203,8 @@ def together(a, only):
     ]
     if a.pictures:
         args += ["--pictures", a.pictures]
-    jobs = [subprocess.Popen([*args, "--rank", str(r)] + ["--quick"] * a.quick) for r in range(a.processes)]
+    flags = ["--quick"] * a.quick + ["--more"] * a.more
+    jobs = [subprocess.Popen([*args, "--rank", str(r), *flags]) for r in range(a.processes)]
     if any([j.wait() for j in jobs]):
         sys.exit(f"{only}: a process failed; what it had finished is kept")
 
@@ -240,6 +255,7 @@ def main():
     p.add_argument("--pictures", help="folder of the encoded pictures; default: in the cache folder")
     p.add_argument("--out", type=Path, default=HERE / "results")
     p.add_argument("--quick", action="store_true")
+    p.add_argument("--more", action="store_true", help="the rest of the grid, too: more models at many tokens")
     p.add_argument("--only", choices=("fill", "tune", "run", "report"))
     p.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     p.add_argument("--world", type=int, help=argparse.SUPPRESS)
@@ -247,7 +263,7 @@ def main():
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if a.quick and a.out == HERE / "results":
         p.error("--quick needs --out FOLDER, so that the stored results stay as they are")
-    a.phases = PHASES
+    a.phases = PHASES + MORE * a.more
     if a.quick:
         a.n, a.processes, a.phases = (
             36,
