@@ -17,7 +17,7 @@ from .core import MissingExtra, need
 try: typer = need("typer", "app")
 except MissingExtra as e: sys.exit(f"arr-course: {e}")  # this module is the command; it has no other use
 
-# %% ../nbs/99_cli.ipynb #23b61176
+# %% ../nbs/99_cli.ipynb #d0e1f206
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Vision encoders for vision-language models: the label-free toolkit, the zoo, the world, training, evaluation, the doctor.")
 
@@ -28,14 +28,16 @@ def _version(on: bool):
 def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False):
     pass
 
+# %% ../nbs/99_cli.ipynb #23b61176
 def show(table) -> None:
     "Print a Rich table to stdout, as wide as the terminal."
     need("rich.console", "app").Console(force_jupyter=False).print(table)
 
 def fail(message) -> None:
-    "Print one line to stderr and leave with exit code 2: of a longer message the first, and where to see the rest."
-    first, *more = str(message).splitlines() or [type(message).__name__]
-    typer.echo(f"arr-course: {first}{' See `arr-course models`.' * bool(more)}", err=True); raise typer.Exit(2)
+    "Print a message to stderr and leave with exit code 2. Where a model is not found, one line, and not all that there are."
+    from arr_course.hub import ModelNotFound
+    if isinstance(message, ModelNotFound): message = str(message).split("\n")[0] + " See `arr-course models`."
+    typer.echo(f"arr-course: {message}", err=True); raise typer.Exit(2)
 
 # %% ../nbs/99_cli.ipynb #5ad3c1f0
 def ready(path: str | Path | None, option: str = "--json", folder: bool = False) -> None:
@@ -47,7 +49,8 @@ def ready(path: str | Path | None, option: str = "--json", folder: bool = False)
         where = whole if folder else whole.parent
         where.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=where).close()
-    except OSError as e: fail(f"{option} {path} cannot be written: {e.strerror}".replace("File exists", "there is a file of that name"))
+    except FileExistsError: fail(f"{option} {path} cannot be written: {where.name} is a file")
+    except OSError as e: fail(f"{option} {path} cannot be written: {e.strerror}")
 
 # %% ../nbs/99_cli.ipynb #0dfeee45
 @app.command()

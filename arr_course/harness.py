@@ -296,6 +296,7 @@ def headroom_of(runner: Runner, method: str, model: str) -> dict:
 def asked_models(names: str) -> list[str]:
     "VLMs and `reader`, with commas between; a `ValueError` for what is neither."
     models = [m.strip() for m in names.split(",") if m.strip()]
+    if not models: raise ValueError("say at least one model")
     if wrong := [m for m in models if m != "reader" and not (m.startswith("arr/") and read_card(m)["architecture"] == "VLM")]:
         raise ValueError(f"{wrong[0]} is not a VLM of the course; `reader` is the symbolic reader")
     return models

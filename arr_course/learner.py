@@ -178,7 +178,7 @@ class LearnerSetup:
         ddp = acc.DistributedDataParallelKwargs(find_unused_parameters=find_unused)
         on_cpu = device().type == "cpu"                                                  # said aloud, or each process trains alone
         self.acc = acc.Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[ddp])   # section 4's autocast is our own
-        if shared: atexit.register(leave, weakref.ref(self))
+        if self.acc.num_processes > 1: atexit.register(leave, weakref.ref(self))
         self.cfg, self.loss_fn, self.after_step, self.out = cfg, loss_fn, after_step, Path(out) if out else None
         self.wrapped = self.acc.prepare_model(model)
         self.model = self.acc.unwrap_model(self.wrapped)

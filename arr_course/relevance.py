@@ -66,9 +66,9 @@ def query(
 def row_index(index) -> torch.Tensor | slice:
     "A slice as it is; a number, a list, a tensor, an array or a mask of yes and no as row numbers."
     if isinstance(index, slice): return index
-    index = [index] if isinstance(index, int) else index
-    index = torch.as_tensor(index, dtype=None if len(index) else torch.long)
-    return index.nonzero()[:, 0] if index.dtype == torch.bool else index
+    index = torch.as_tensor(index).reshape(-1)
+    if index.dtype == torch.bool: return index.nonzero()[:, 0]
+    return index if len(index) else index.long()
 
 # %% ../nbs/11_relevance.ipynb #e078cd16
 @dataclass(frozen=True)

@@ -104,8 +104,7 @@ ORDER = ["core", "photos", "images", "concepts", "world", "questions", "pairs", 
          "selfsup", "dino", "probes", "dense", "lora", "grounding", "evaluate", "connectors", "qformer",
          "abstractors", "vocab", "decoder", "generate", "vqa", "vlm", "tuning", "practice", "blip2", "flamingo", "metrics",
          "reader", "vqa_evaluate", "relevance", "select", "arr", "staged", "clusters", "reducers", "peers", "tome", "pruning",
-         "bench",
-         "papers", "harness", "packed", "neighbours", "zero_shot", "embed", "label_free", "masks", "page", "report",
+         "bench", "papers", "harness", "packed", "neighbours", "zero_shot", "embed", "label_free", "masks", "page", "report",
          "doctor", "cli"]
 
 

@@ -4,9 +4,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from arr_course.arr import arr_2
+from arr_course.arr import Opponents, arr_2
+from arr_course.bench import taken
 from arr_course.connectors import keep, keep_all, windows
-from arr_course.harness import check_jobs, read_lines, write_line
+from arr_course.harness import asked_models, check_jobs, read_lines, write_line
 from arr_course.packed import greedy_choice
 from arr_course.peers import PEERS, calibrated
 from arr_course.reducers import REDUCERS, sides
@@ -98,3 +99,23 @@ def test_variants_and_budgets_are_looked_at_before_the_work():
     check_jobs(["full", "arr-2", "arr-2:fixed", "arr-2:shuffled"], [64], 576)
     with pytest.raises(ValueError, match="arr-2:foo"): check_jobs(["arr-2:foo"], [64], 576)
     with pytest.raises(ValueError, match="a picture has 576"): check_jobs(["arr-2"], [64, 600], 576)
+
+
+def test_pictures_keep_their_questions_and_windows_their_places():
+    "Masks of yes and no are rows, not the numbers 0 and 1; some pictures of windows stand where they stood."
+    words = Query(("a", "b", "c"), (("a",), ("b",), ("c",)), torch.randn(3, 1, 4), torch.ones(3, 1, dtype=torch.bool))
+    c = Context(Features(torch.randn(3, 25, 4), (5, 5)), query=words)
+    for index in ([True, False, True], torch.tensor([1, 0, 1]).bool(), [0, 2], slice(0, 3, 2)):
+        assert c.rows(index).query.text == ("a", "c")
+    assert c.rows(1).query.text == ("b",) and len(c.rows([])) == 0
+    s = windows(keep_all(c.features), (3, 3), (2, 2))
+    one = taken(s, [1])
+    assert one.centre(torch.zeros(2)).tolist() == [1, 1] and one.pos.equal(s.pos[:4])
+
+
+def test_what_cannot_be_is_said():
+    with pytest.raises(ValueError, match="made with 0.3"): replace(arr_2(), opponents=Opponents(explore=1.))
+    blank = Query(("a",), ((),), torch.zeros(1, 1, 4), torch.zeros(1, 1, dtype=torch.bool))
+    bare = Context(Features(torch.randn(1, 16, 4), (4, 4)), joint=torch.randn(1, 16, 4), query=blank)
+    with pytest.raises(ValueError, match="give no level"): calibrated(PEERS["trim-iqr"], [bare], (8,))
+    with pytest.raises(ValueError, match="at least one model"): asked_models(" , ")

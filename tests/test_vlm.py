@@ -3,9 +3,12 @@ import json
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from zlib import crc32
 
 import numpy as np
@@ -688,3 +691,26 @@ def test_shipped_vlms_are_what_their_cards_say(path):
     items = list(ve.Exam("sparse", 18, 11).items())
     said = ve.sit(a, a.encoder.encode([render(o.scene) for o in items]), items, controls=False)["model"]
     assert sum(said == o.answer for said, o in zip(said, items, strict=True)) > 9, "whoever does not look has at most 9 of 18"
+
+
+def test_a_start_that_does_not_fit_is_refused(encoder):
+    "Words that would be cut, places without channels, attention that is taught in a block that is not there."
+    joint = encoder.model.cfg.joint_dim
+    vlm = lambda d: VLM(VLMConfig(**{**SMALL, "decoder": dict(SMALL["decoder"], embed_dim=d)}))
+    none = dict(rows=torch.zeros(0, 3).long(), segments=torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="narrower than the encoder's joint space"): tuning.start_words(vlm(joint - 4), encoder)
+    with pytest.raises(ValueError, match="and 0 are left"): tuning.start_places(vlm(joint), 0)
+    with pytest.raises(ValueError, match="this decoder has fewer"): looks({0: [1], 1: [1], 2: []}, none, torch.zeros(1, 4).long())
+    with pytest.raises(ValueError, match="give each question its picture"): answer(vlm(joint), None, ["a cat?"], rows=[])
+    with pytest.raises(ValueError, match="no recipe 'vlm-x'"): ve.vlm_config("vlm-x")
+    with pytest.raises(ValueError, match="cannot be split over 8 heads"): CONNECTORS["d-abstractor"](100, 256)
+
+
+@pytest.mark.parametrize("script, says", [
+    (["connectors/run.py", "--only", "mlp, magic"], "no 'magic': choose from"),
+    (["frozen_or_trainable/shapes.py", "--only", "magic"], "no run 'magic': choose from"),
+    (["remedies/once.py", "--n", "36", "arr/vlm-mlp"], "name another with --out")])
+def test_labs_refuse_before_they_work(script, says):
+    labs = Path(__file__).resolve().parent.parent / "labs"
+    r = subprocess.run([sys.executable, labs / script[0], *script[1:]], capture_output=True, text=True, timeout=200)
+    assert r.returncode == 2 and says in r.stderr and "Traceback" not in r.stderr

@@ -2,7 +2,7 @@
 
     python labs/budget_vs_accuracy/run.py                       # two processes; goes on where it was stopped
     python labs/budget_vs_accuracy/run.py --quick --out FOLDER  # a minute, to see that it runs
-    python labs/budget_vs_accuracy/run.py --more                # and the rest of the grid, two and a half hours more
+    python labs/budget_vs_accuracy/run.py --more                # and the rest of the grid
     python labs/budget_vs_accuracy/run.py --only report         # tables, plots and report from what is there
 
 Results: answers.jsonl (right or wrong for each question), validation.jsonl and tuned.json (settings that were tried on
@@ -122,7 +122,7 @@ PHASES = (  # (density, models, methods, budgets)
     ("dense", OTHERS, (*FIRST[1:4], "oracle", "dart", "pool", "fastervlm", "visionzip", "divprune", "scope", "cdpruner"), (256,)),
 )
 
-MORE = (  # with --more: many tokens, where there is little to choose and each row takes longest
+MORE = (  # with --more: many tokens, where there is little to choose and each row takes longest; at 400 strong methods first
     ("dense", OTHERS, EVERY, (256,)),
     ("sparse", ONE, EVERY, (256,)),
     ("sparse", ONE, (*FIRST, *STRONG), (400,)),
